@@ -1,0 +1,1 @@
+"""Ways to run packed weights: the kernel table and the backends."""

@@ -1,0 +1,83 @@
+"""What every codec answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a codec can represent, per row and group of K.
+
+    `scales` and `zero_points` are float32 of shape (N, groups), None where the codec has none.
+    """
+
+    scales: Tensor | None = None
+    zero_points: Tensor | None = None
+
+    def columns(self, start: int, stop: int, group_size: int) -> Grid:
+        """The grid of columns start…stop, one entry per column: shape (N, stop - start)."""
+        if self.scales is None:
+            return self
+        first, last = start // group_size, -(-stop // group_size)
+        offset = start - first * group_size
+
+        def spread(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            wide = t[:, first:last].repeat_interleave(group_size, 1)
+            return wide[:, offset : offset + stop - start]
+
+        return Grid(spread(self.scales), spread(self.zero_points))
+
+
+class Codec(ABC):
+    """How stored values are written. Subclasses are frozen dataclasses with a text form."""
+
+    example: ClassVar[str]
+    """A valid token, shown when a spec is misspelt."""
+
+    @property
+    @abstractmethod
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that `write` returns."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, token: str) -> Codec | None:
+        """The codec this token spells, None when it is another's."""
+
+    @abstractmethod
+    def group(self, k: int) -> int:
+        """Columns that share one scale in a weight of K columns (K where there is none)."""
+
+    @abstractmethod
+    def fit(self, weight: Tensor) -> Grid:
+        """The grid with the least squared error per group of `weight` (N, K); zeros cost nothing.
+
+        Raises WeightError when a scale leaves the range of its stored type.
+        """
+
+    @abstractmethod
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Codes of `weight`; `grid` is per column (`Grid.columns`)."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """Values of codes, exactly those that will be multiplied; inverse of `encode` on its range."""
+
+    @abstractmethod
+    def write(self, codes: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+        """Buffers of the stored codes (flat, in order) and the whole grid."""
+
+    @abstractmethod
+    def read(self, buffers: tuple[Tensor, ...], count: int, n: int, k: int) -> tuple[Tensor, Grid]:
+        """Codes (count,) and grid; inverse of `write`."""
+
+    @abstractmethod
+    def value_bits(self, n: int, k: int, count: int, itemsize: int) -> int:
+        """Bits that `count` stored values and the grid need; `itemsize` of the dense weight."""

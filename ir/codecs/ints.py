@@ -1,0 +1,164 @@
+"""`int2`…`int8` (symmetric) and `uint2`…`uint8` (with zero points), per channel or group."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsefx.ir.bits import pack_bits, stream_bytes, unpack_bits
+from sparsefx.ir.codecs.base import Codec, Grid
+from sparsefx.ir.errors import SpecError, WeightError
+
+SCALE = torch.float16
+SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76)
+"""Shares of a group's range tried as clipping points below 6 bits; the least error wins."""
+
+
+@dataclass(frozen=True)
+class Int(Codec):
+    """value = (code − zero_point) · scale, one fp16 scale per row and `group_size` columns of K.
+
+    Symmetric codes are two's complement with zero point 0, so 8-bit codes are plain int8; `uint`
+    codes are unsigned with one `bits`-wide zero point per scale. Groups run over the weight's own
+    columns, stored or not; the last group may be shorter. `group_size` 0 is one scale per row.
+    """
+
+    bits: int
+    group_size: int = 0
+    symmetric: bool = True
+    example: ClassVar[str] = "int4g128"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise SpecError(f"codec '{self}': integers have 2 to 8 bits, e.g. 'int4g128'")
+        if self.group_size and not 8 <= self.group_size <= 65536:
+            raise SpecError(f"codec '{self}': group_size must be 8 to 65536, e.g. '…g128'")
+
+    def __str__(self) -> str:
+        group = f"g{self.group_size}" if self.group_size else ""
+        return f"{'' if self.symmetric else 'u'}int{self.bits}{group}"
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return ("values", "scales") if self.symmetric else ("values", "scales", "zero_points")
+
+    @classmethod
+    def parse(cls, token: str) -> Int | None:
+        found = re.fullmatch(r"(u?)int(\d{1,2})(?:g(\d{1,5}))?", token)
+        if not found:
+            return None
+        if found[3] and int(found[3]) == 0:
+            raise SpecError(f"codec '{token}': group_size 0; leave out 'g0' for one scale per row")
+        return cls(int(found[2]), int(found[3] or 0), not found[1])
+
+    @property
+    def low(self) -> int:
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def high(self) -> int:
+        return self.low + (1 << self.bits) - 1
+
+    def group(self, k: int) -> int:
+        return self.group_size or max(k, 1)
+
+    def groups(self, k: int) -> int:
+        return -(-k // self.group(k))
+
+    # --- the grid ------------------------------------------------------------------------------
+
+    def fit(self, weight: Tensor) -> Grid:
+        n, k = weight.shape
+        size = self.group(k)
+        padded = F.pad(weight.float(), (0, self.groups(k) * size - k))
+        blocks = padded.view(n, self.groups(k), size)
+        best: Grid | None = None
+        error = torch.full(blocks.shape[:2], torch.inf, device=weight.device)
+        for grid in self._candidates(blocks):
+            wide = Grid(*(t if t is None else t[..., None] for t in (grid.scales, grid.zero_points)))
+            got = self.decode(self.encode(blocks, wide), wide)
+            e = (got - blocks).square_().sum(-1)
+            best = grid if best is None else _where(e < error, grid, best)
+            error = torch.minimum(e, error)
+        assert best is not None
+        return best
+
+    def _candidates(self, blocks: Tensor) -> list[Grid]:
+        if blocks.shape[-1] == 0:
+            blocks = blocks.new_zeros(*blocks.shape[:-1], 1)
+        lo, hi = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+        shrink = SHRINK if self.bits < 6 else (1.0,)
+        if not self.symmetric:
+            return [self._asymmetric(lo * s, hi * s) for s in shrink]
+        reach = torch.maximum(-lo, hi)
+        extreme = torch.where(-lo > hi, lo, hi)
+        grids = [Grid(self._stored(reach * s / self.high)) for s in shrink]
+        # The widest code is −2^(b−1): a scale of either sign lets the extreme value use it (Q4_0).
+        grids += [Grid(self._stored(extreme * s / self.low)) for s in shrink if self.bits < 6]
+        return grids
+
+    def _asymmetric(self, lo: Tensor, hi: Tensor) -> Grid:
+        scales = self._stored((hi - lo) / self.high)
+        return Grid(scales, (-lo / scales).round().clamp(0, self.high))
+
+    @staticmethod
+    def _stored(scales: Tensor) -> Tensor:
+        out = torch.where(scales == 0, 1.0, scales).to(SCALE).float()
+        if bool((out == 0).any()) or not bool(torch.isfinite(out).all()):
+            worst = scales[(out == 0) | ~torch.isfinite(out)].flatten()[0]
+            raise WeightError(
+                f"a scale of {float(worst):.3g} leaves the range of fp16 (6e-8 … 65504); "
+                "rescale the weight or use 'bf16' or 'fp32'"
+            )
+        return out
+
+    # --- codes ---------------------------------------------------------------------------------
+
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        assert grid.scales is not None
+        codes = (weight.float() / grid.scales).round_()
+        if grid.zero_points is not None:
+            codes += grid.zero_points
+        return codes.clamp_(self.low, self.high)
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        assert grid.scales is not None
+        if grid.zero_points is not None:
+            codes = codes - grid.zero_points
+        return codes * grid.scales
+
+    def write(self, codes: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+        assert grid.scales is not None
+        values = pack_bits(codes.to(torch.int16) & 255, self.bits)
+        out = (values, grid.scales.to(SCALE).contiguous())
+        if grid.zero_points is None:
+            return out
+        return (*out, pack_bits(grid.zero_points.to(torch.uint8), self.bits))
+
+    def read(self, buffers: tuple[Tensor, ...], count: int, n: int, k: int) -> tuple[Tensor, Grid]:
+        codes = unpack_bits(buffers[0], self.bits, count)
+        shape = (n, self.groups(k))
+        scales = buffers[1].float().view(shape)
+        if not self.symmetric:
+            zeros = unpack_bits(buffers[2], self.bits, shape[0] * shape[1]).float().view(shape)
+            return codes.float(), Grid(scales, zeros)
+        sign = 1 << (self.bits - 1)
+        signed = (codes ^ sign).view(torch.uint8).to(torch.int16) - sign
+        return signed.float(), Grid(scales)
+
+    def value_bits(self, n: int, k: int, count: int, itemsize: int) -> int:
+        grid = n * self.groups(k) * 8 * SCALE.itemsize
+        zeros = 0 if self.symmetric else 8 * stream_bytes(n * self.groups(k), self.bits)
+        return count * self.bits + grid + zeros
+
+
+def _where(better: Tensor, new: Grid, old: Grid) -> Grid:
+    def pick(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else torch.where(better, a, b)
+
+    return Grid(pick(new.scales, old.scales), pick(new.zero_points, old.zero_points))

@@ -1,0 +1,1 @@
+"""What users call: sparsify, the compiled module, torch.compile's backend, save/load, explain."""
