@@ -31,7 +31,7 @@ Batch = dict[str, Tensor]
 def load() -> Bundle:
     """Return MiniLM with retrieval over the paragraphs of Python's help topics."""
     usable_torchvision()
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = str(WEIGHTS.locate().parent)
     encode = AutoTokenizer.from_pretrained(folder)
@@ -50,9 +50,7 @@ def load() -> Bundle:
     example = _encode(encode, [target for _, target in pairs[:2]])
     return Bundle(
         name="minilm",
-        model=AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        .eval()
-        .requires_grad_(False),
+        model=_encoder(folder),
         example_inputs=example,
         calibration=calibration,
         metric=lambda model: _retrieval(queries.embed(model), targets.embed(model)),
@@ -60,6 +58,18 @@ def load() -> Bundle:
         better="higher",
         dynamic_shapes={name: axes for name in example},
     )
+
+
+def _encoder(folder: str) -> nn.Module:
+    """Return the fp32 BertModel."""
+    from safetensors.torch import load_file
+    from transformers import BertConfig, BertModel
+
+    state = load_file(WEIGHTS.locate())
+    state.pop("embeddings.position_ids", None)  # older transformers saved this constant
+    model = BertModel(BertConfig.from_pretrained(folder))
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
 def cloze_pairs(text: str) -> list[tuple[str, str]]:

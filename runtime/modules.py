@@ -52,12 +52,13 @@ class PackedWeight(nn.Module):
         self.dtype = dtype
         """Data type of the dense weight this replaces."""
         self.name = name
-        for key, buffer in zip(packed.format.buffers, packed.buffers, strict=True):
+        self.keys = packed.format.buffers
+        for key, buffer in zip(self.keys, packed.buffers, strict=True):
             self.register_buffer(key, buffer)
 
     @property
     def buffer_list(self) -> list[Tensor]:
-        return [getattr(self, key) for key in Format.parse(self.format).buffers]
+        return [getattr(self, key) for key in self.keys]
 
     @property
     def packed(self) -> Packed:
@@ -78,6 +79,11 @@ class PackedWeight(nn.Module):
         guarded = weight.detach().as_subclass(ReadOnlyWeight)
         guarded._message = EDIT.format(name=self.name or "this weight", format=self.format)
         return guarded
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise StaleWeightError(EDIT.format(name=self.name or "this weight", format=self.format))
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         """Devices move every buffer; float casts change what is computed, never what is stored."""

@@ -1,0 +1,51 @@
+"""sparsefx: compiler passes on torch.fx that make pruned, quantised models smaller and faster."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsefx.ir.errors import SparsefxError
+    from sparsefx.ir.format import Format
+    from sparsefx.passes.spec import Spec
+    from sparsefx.runtime.artifact import load, save
+    from sparsefx.runtime.explain import explain
+    from sparsefx.runtime.export import export_onnx
+    from sparsefx.runtime.sparsify import sparsify
+
+__version__ = "0.1.0"
+__all__ = [
+    "Format",
+    "SparsefxError",
+    "Spec",
+    "explain",
+    "export_onnx",
+    "load",
+    "save",
+    "sparsify",
+]
+
+_HOMES = {
+    "Format": "ir.format",
+    "SparsefxError": "ir.errors",
+    "Spec": "passes.spec",
+    "explain": "runtime.explain",
+    "export_onnx": "runtime.export",
+    "load": "runtime.artifact",
+    "save": "runtime.artifact",
+    "sparsify": "runtime.sparsify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported on first use, so that `import sparsefx` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparsefx' has no attribute {name!r}")
+    value = getattr(import_module(f"sparsefx.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
