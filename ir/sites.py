@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from sparsefx.ir.format import Format
 from sparsefx.ir.products import Kind, Use, argument, op_name, other_readers, uses, value
 
 
@@ -53,12 +54,22 @@ class Site:
         return matrix.T if self.transposed else matrix.reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class ChosenFormat:
+    """How one weight node is to be stored, and the Site it belongs to."""
+
+    site: Site
+    format: Format
+
+
 @dataclass
 class Traced:
-    """One graph a door gave, and which of its nodes are weights."""
+    """One graph a door gave, and which of its nodes are weights: what passes work on."""
 
     graph: Graph
     weights: dict[Node, Tensor]
+    chosen: dict[Node, ChosenFormat] = field(default_factory=dict)
+    """Weights that are to be packed, and how."""
 
 
 @dataclass
@@ -84,21 +95,26 @@ def find_sites(model: nn.Module, graphs: Sequence[Traced]) -> list[Site]:
 
     Linear-like modules that no graph reached are appended as refused: none is missed in silence.
     """
-    names = parameter_names(model)
-    tensors = {id(p): p for p in model.parameters()}
+    sites = group_sites(parameter_names(model), graphs)
+    return sites + _unreached(model, {name for site in sites for name in site.names})
+
+
+def group_sites(names: Mapping[int, tuple[str, ...]], graphs: Sequence[Traced]) -> list[Site]:
+    """One Site per weight of the graphs that has names under its id."""
+    tensors: dict[int, Tensor] = {}
     found: dict[int, list[Use]] = {}
     readers: dict[int, list[Node]] = {}
     for traced in graphs:
         for use in uses(traced.graph, traced.weights):
             found.setdefault(id(traced.weights[use.weight]), []).append(use)
         for node, tensor in traced.weights.items():
+            tensors[id(tensor)] = tensor
             readers.setdefault(id(tensor), []).extend(other_readers(node))
-    sites = [
+    return [
         _site(names[key], tensors[key], group, readers[key])
         for key, group in found.items()
         if key in names
     ]
-    return sites + _unreached(model, {name for site in sites for name in site.names})
 
 
 def _site(names: tuple[str, ...], weight: Tensor, found: list[Use], readers: list[Node]) -> Site:

@@ -28,11 +28,11 @@ GERMLINES = Asset(
     path="germlines.py",
     sha256="95a13463e2620b8037bf7ea67ecdf9ec6f8a8f973c5658f3c54126e9e36f3452",
 )
-_EVALUATED, _BATCH, _MASKED = 200, 16, 0.15
+_EVALUATED, _BATCH, _MASKED = 128, 16, 0.15
 
 
 def load() -> Bundle:
-    """Return AntiBERTy with masked-residue accuracy on up to 200 human germline sequences."""
+    """Return AntiBERTy with masked-residue accuracy on 128 human germline sequences."""
     folder = WEIGHTS.locate().parent
     vocabulary = Vocabulary((folder.parent / "vocab.txt").read_text().split())
     evaluated, others = _germlines(vocabulary)
@@ -54,7 +54,7 @@ def load() -> Bundle:
         metric=lambda model: {"accuracy": _accuracy(model, batches)},
         headline="accuracy",
         better="higher",
-        dynamic_shapes={name: axes for name in example},
+        dynamic_shapes=dict.fromkeys(example, axes),
     )
 
 
@@ -64,7 +64,7 @@ def _masked_lm(folder: Path) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     state = torch.load(WEIGHTS.locate(), map_location="cpu", weights_only=True)
-    model = BertForMaskedLM(BertConfig.from_pretrained(str(folder)))
+    model: nn.Module = BertForMaskedLM(BertConfig.from_pretrained(str(folder)))
     missing = set(model.load_state_dict(state, strict=False).missing_keys)
     if missing:
         raise RuntimeError(f"the checkpoint lacks {sorted(missing)}")

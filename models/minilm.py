@@ -23,7 +23,7 @@ WEIGHTS = Asset(
     path="model/model.safetensors",
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
-_BATCH, _MAX_LENGTH = 32, 128
+_BATCH, _MAX_LENGTH = 64, 64
 
 Batch = dict[str, Tensor]
 
@@ -56,7 +56,7 @@ def load() -> Bundle:
         metric=lambda model: _retrieval(queries.embed(model), targets.embed(model)),
         headline="MRR",
         better="higher",
-        dynamic_shapes={name: axes for name in example},
+        dynamic_shapes=dict.fromkeys(example, axes),
     )
 
 
@@ -67,7 +67,7 @@ def _encoder(folder: str) -> nn.Module:
 
     state = load_file(WEIGHTS.locate())
     state.pop("embeddings.position_ids", None)  # older transformers saved this constant
-    model = BertModel(BertConfig.from_pretrained(folder))
+    model: nn.Module = BertModel(BertConfig.from_pretrained(folder))
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 

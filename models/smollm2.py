@@ -88,12 +88,13 @@ def causal_lm() -> nn.Module:
 
     reader = GGUFReader(GGUF.locate())
     config = _config(reader)
-    model = LlamaForCausalLM(config)
-    model.generation_config.use_cache = True
-    missing = model.load_state_dict(_state_dict(reader, config), strict=False)
+    llama = LlamaForCausalLM(config)
+    llama.generation_config.use_cache = True
+    missing = llama.load_state_dict(_state_dict(reader, config), strict=False)
     if missing.unexpected_keys or missing.missing_keys != ["lm_head.weight"]:
         raise RuntimeError(f"the file does not fit the architecture: {missing}")
-    model.tie_weights()
+    llama.tie_weights()
+    model: nn.Module = llama
     return model.eval().requires_grad_(False)
 
 

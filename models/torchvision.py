@@ -16,7 +16,7 @@ def usable_torchvision() -> None:
     if "torchvision" in sys.modules or find_spec("torchvision") is None:
         return
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,8 +109,8 @@ def _decoder_layer() -> Example:
     return Example(layer, (torch.randn(2, 5, 16), torch.randn(2, 7, 16)))
 
 
-def _recurrent(kind: type[nn.RNNBase]) -> Example:
-    model = kind(16, 32, 2, bidirectional=True, batch_first=True)  # type: ignore[call-arg]
+def _recurrent(kind: Callable[..., nn.Module]) -> Example:
+    model = kind(16, 32, 2, bidirectional=True, batch_first=True)
     return Example(model, (torch.randn(1, 8, 16),))
 
 

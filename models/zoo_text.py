@@ -42,9 +42,7 @@ def build(model: str, config: str, settings: dict[str, Any]) -> torch.nn.Module:
     usable_torchvision()
     import transformers
 
-    made: torch.nn.Module = getattr(transformers, model)(
-        getattr(transformers, config)(**settings)
-    )
+    made: torch.nn.Module = getattr(transformers, model)(getattr(transformers, config)(**settings))
     return made
 
 
@@ -226,7 +224,7 @@ _FALCON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-_SWITCH: dict[str, Any] = {**_T5, "num_experts": 4}
+_SWITCH: dict[str, Any] = {**_T5, "num_decoder_layers": 2, "num_experts": 4}
 _MODERNBERT: dict[str, Any] = {**SMALL, "pad_token_id": 0, "max_position_embeddings": 64}
 
 EXAMPLES: dict[str, Factory] = {

@@ -104,4 +104,7 @@ def install(
             continue
         new.train(owner.training)
         set_module(model, owner_name, new)
+        parent = model.get_submodule(split_name(owner_name)[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            unpacked[name] = "nn.MultiheadAttention reads its projections' weights itself"
     return unpacked

@@ -180,7 +180,9 @@ class SparseParameter(PackedWeight):
 
     def read(self) -> Tensor:
         dense = self.dense()
-        return self.read_only(dense.T if self.transposed else dense.view(self.shape))
+        if self.transposed or dense.shape != self.shape:
+            dense = dense.T if self.transposed else dense.view(self.shape)
+        return self.read_only(dense)
 
 
 def unpack_on_read(owner: nn.Module, attribute: str, parameter: SparseParameter) -> None:

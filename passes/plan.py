@@ -1,0 +1,90 @@
+"""Plan: a Format for every Site, or "dense, because …"; everything checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsefx.ir.errors import SpecError, WeightError
+from sparsefx.ir.format import Format
+from sparsefx.ir.sites import Site
+from sparsefx.passes.spec import Spec, check_patterns
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one Site. A dense `format` always has a `reason`."""
+
+    site: Site
+    format: Format
+    reason: str = ""
+
+    @property
+    def dense(self) -> bool:
+        return self.format.is_dense
+
+
+def plan(model: nn.Module, sites: Sequence[Site], spec: Spec) -> list[Choice]:
+    """One Choice per Site, in call order. Raises SpecError or WeightError listing every bad layer."""
+    classes = {site.name: owner_classes(model, site) for site in sites}
+    check_patterns(spec, [(site.names, classes[site.name]) for site in sites])
+    choices = [_choose(site, spec, classes[site.name]) for site in sites]
+    chosen = [(c, model.get_parameter(c.site.name)) for c in choices if not c.dense]
+    if not sites:
+        raise SpecError(f"{type(model).__name__} multiplies by no weight: there is nothing to shrink")
+    check(chosen)
+    return choices
+
+
+def owner_classes(model: nn.Module, site: Site) -> tuple[str, ...]:
+    """Class names of the modules that own the Site's weight, base classes included."""
+    found: dict[str, None] = {}
+    for name in site.names:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        found.update(dict.fromkeys(base.__name__ for base in type(owner).__mro__[:-2]))
+    return tuple(found)
+
+
+def _choose(site: Site, spec: Spec, classes: tuple[str, ...]) -> Choice:
+    fmt, reason = spec.format_for(site.names, classes)
+    if site.kind == "refused":
+        return Choice(site, Format(), site.reason)
+    if site.kind == "opaque" and (fmt.rank or fmt.a8):
+        return Choice(site, Format(), f"{site.reason}: '+r…' and '+a8' need a product of our own")
+    if fmt.is_dense:
+        return Choice(site, fmt, reason or "the spec says dense")
+    return Choice(site, fmt, reason)
+
+
+def check(chosen: Sequence[tuple[Choice, Tensor]]) -> None:
+    """Raise WeightError, naming every layer concerned, when a weight cannot have its Format."""
+    bad: dict[str, list[str]] = {}
+    for choice, weight in chosen:
+        if why := _reject(choice, weight):
+            bad.setdefault(why, []).append(choice.site.name)
+    if bad:
+        lines = [f"{', '.join(names)}: {why}" for why, names in bad.items()]
+        raise WeightError("nothing was changed. " + "; ".join(lines))
+
+
+def _reject(choice: Choice, weight: Tensor) -> str | None:
+    site, fmt = choice.site, choice.format
+    if weight.is_meta:
+        return "the weight is on the meta device and has no values; load the checkpoint first"
+    if weight.is_complex():
+        return f"complex weight ({weight.dtype}); only real weights can be packed: add it to 'ignore'"
+    if not weight.is_floating_point():
+        return f"{weight.dtype} weight: already quantised or not a weight; add it to 'ignore'"
+    if weight.dtype not in DTYPES:
+        return f"{weight.dtype} weight; convert with model.float() first"
+    if why := fmt.rejects(site.n, site.k):
+        return f"'{fmt}' does not fit: {why} (override it or add it to 'ignore')"
+    if not bool(torch.isfinite(weight.detach()).all()):
+        kind = "NaN" if bool(torch.isnan(weight.detach()).any()) else "infinity"
+        return f"the weight holds {kind}; repair the checkpoint"
+    return None

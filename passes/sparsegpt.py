@@ -1,0 +1,92 @@
+"""SparseGPT and GPTQ in one sweep: prune, quantise and repair column by column with one Hessian.
+
+Sources: Frantar & Alistarh, "SparseGPT", arXiv 2301.00774 (the joint form of section 3.5);
+Frantar et al., "GPTQ", arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsefx.ir.codecs import Grid
+from sparsefx.ir.errors import WeightError
+from sparsefx.ir.format import Format, Packed
+
+BLOCK = 128
+
+
+def sparsegpt(weight: Tensor, hessian: Tensor | None, fmt: Format, damping: float) -> Packed:
+    """Pack `weight` (N, K) so that the error of its outputs on the calibration data is small.
+
+    `hessian` is the sum of xᵀx over calibration rows, (K, K) float32. Every column's pruning and
+    rounding error is spread over the columns after it through the inverse Hessian.
+    """
+    if hessian is None:
+        raise WeightError("sparsegpt needs calibration data")
+    work = weight.detach().float().clone()
+    n, k = work.shape
+    dead = hessian.diagonal() == 0
+    work[:, dead] = 0
+    factor = inverse_factor(hessian, dead, damping)
+    mask = torch.zeros(n, k, dtype=torch.bool, device=work.device)
+    grids: list[Grid] = []
+    step = -(-BLOCK // fmt.layout.step) * fmt.layout.step
+    for start in range(0, k, step):
+        stop = min(start + step, k)
+        block, inner = work[:, start:stop], factor[start:stop, start:stop]
+        mask[:, start:stop] = fmt.layout.select((block / inner.diagonal()) ** 2)
+        grids += _fit_groups(fmt, work, mask, start, stop)
+        columns = _join(grids).columns(start, stop, fmt.codec.group(k))
+        errors = _sweep(fmt, block, mask[:, start:stop], inner, columns)
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    return fmt.pack(work, mask, _join(grids) if grids else None)
+
+
+def inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the damped Hessian's inverse; damping grows until it exists."""
+    diagonal = torch.arange(len(hessian), device=hessian.device)
+    for growth in (1, 10, 100, 1000):
+        damped = hessian.float().clone()
+        damped[diagonal, diagonal] += damping * growth * damped.diagonal().mean() + dead
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            inverse = torch.cholesky_inverse(lower)
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(info) == 0:
+                return upper
+    raise WeightError("the calibration Hessian is not positive definite; give more varied inputs")
+
+
+def _fit_groups(fmt: Format, work: Tensor, mask: Tensor, start: int, stop: int) -> list[Grid]:
+    """Grids of the scale groups that begin in columns start…stop, fitted to what will be kept there.
+
+    Columns of a group beyond `stop` are not masked yet; they are fitted as they are.
+    """
+    k = work.shape[1]
+    size, out = fmt.codec.group(k), []
+    for first in range(-(-start // size) * size, stop, size):
+        ahead = work[:, first : first + size].clone()
+        ahead[:, : stop - first] *= mask[:, first : min(stop, first + size)]
+        out.append(fmt.codec.fit(ahead))
+    return out
+
+
+def _sweep(fmt: Format, block: Tensor, kept: Tensor, inner: Tensor, grid: Grid) -> Tensor:
+    """Fix the block's columns from left to right in place; returns their scaled errors (N, block)."""
+    errors = torch.zeros_like(block)
+    for j in range(block.shape[1]):
+        column = block[:, j : j + 1]
+        at = Grid(*(t if t is None else t[:, j : j + 1] for t in (grid.scales, grid.zero_points)))
+        value = fmt.codec.decode(fmt.codec.encode(column, at), at).float() * kept[:, j : j + 1]
+        error = (column - value) / inner[j, j]
+        block[:, j:] -= error @ inner[j : j + 1, j:]
+        block[:, j : j + 1] = value
+        errors[:, j : j + 1] = error
+    return errors
+
+
+def _join(grids: list[Grid]) -> Grid:
+    scales = [g.scales for g in grids if g.scales is not None]
+    zeros = [g.zero_points for g in grids if g.zero_points is not None]
+    return Grid(torch.cat(scales, 1) if scales else None, torch.cat(zeros, 1) if zeros else None)

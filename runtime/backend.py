@@ -1,0 +1,158 @@
+"""`torch.compile(model, backend="sparsefx", options={"spec": …, "inner": "inductor" | "eager"})`.
+
+Dense weights are compressed at compile time (magnitude, round to nearest: no data is at hand), a
+sparsified model is lowered as it is. The rest of the graph goes to `inner`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sparsefx.codegen import kernels  # noqa: F401  (registers the kernel table with the op)
+from sparsefx.ir.capture import placeholder_weights
+from sparsefx.ir.errors import FrozenWeightError, SpecError, StaleWeightError, nearest
+from sparsefx.ir.sites import ChosenFormat, Traced, group_sites
+from sparsefx.passes.manager import run_passes
+from sparsefx.passes.pipeline import PASSES
+from sparsefx.passes.plan import Choice, check
+from sparsefx.passes.spec import Spec
+from sparsefx.runtime.report import Row
+
+COMPILED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Weight → Row of the last compilation that met it; `explain` reads it."""
+
+INNER: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]] = {
+    "eager": lambda gm, inputs: gm.forward,
+    "inductor": lambda gm, inputs: _inductor(gm, inputs),
+}
+OPTIONS = ("spec", "inner")
+
+
+def sparsefx(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any] | None = None, **other: Any
+) -> Callable[..., Any]:
+    """The dynamo backend. `options["spec"]` is anything `sparsify` takes, "int8" by default;
+    `options["inner"]` compiles what is not ours, "inductor" by default.
+
+    With graph breaks each part is compiled alone, so a filter need not match in every part.
+    """
+    options = dict(options or {})
+    for key in (*options, *other):
+        if key not in OPTIONS:
+            raise SpecError(f"backend 'sparsefx' has no option {key!r}{nearest(key, OPTIONS)}")
+    inner = options.get("inner", "inductor")
+    if inner not in INNER:
+        raise SpecError(f"option inner={inner!r}{nearest(str(inner), INNER)}")
+    spec = Spec.read(options.get("spec", "int8"))
+    traced = Traced(gm.graph, placeholder_weights(gm, inputs))
+    _choose(traced, spec)
+    run_passes(traced, PASSES)
+    gm.recompile()
+    frozen = {c.site.name: traced.weights[node] for node, c in traced.chosen.items()}
+    return _guarded(INNER[inner](gm, inputs), frozen)
+
+
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    # Dynamo lists where each attribute of its graph came from; packed buffers came from nowhere it
+    # knows, and AOTAutograd insists on a complete list or none.
+    if hasattr(gm, "_param_name_to_source"):
+        del gm._param_name_to_source
+    return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def _choose(traced: Traced, spec: Spec) -> None:
+    """Fill `traced.chosen`, and remember every Site's Row for `explain`."""
+    names = {id(t): (weight_name(node),) for node, t in traced.weights.items()}
+    nodes = {id(t): node for node, t in traced.weights.items()}
+    tensors = {id(t): t for t in traced.weights.values()}
+    keys = {n[0]: key for key, n in names.items()}
+    choices: list[Choice] = []
+    for site in group_sites(names, [traced]):
+        node = nodes[keys[site.name]]
+        fmt, reason = spec.format_for(site.names, module_classes(node))
+        if site.kind in ("refused", "opaque"):
+            choices.append(Choice(site, type(fmt)(), site.reason))
+        else:
+            choices.append(Choice(site, fmt, reason))
+    check([(c, tensors[keys[c.site.name]]) for c in choices if not c.dense])
+    for choice in choices:
+        key = keys[choice.site.name]
+        COMPILED[tensors[key]] = Row.planned(choice)
+        if not choice.dense:
+            traced.chosen[nodes[key]] = ChosenFormat(choice.site, choice.format)
+
+
+def weight_name(node: fx.Node) -> str:
+    """The parameter's name in the model, from where dynamo found it; the node's name otherwise."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    text = source.name if source is not None else ""
+    text = text() if callable(text) else text
+    parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z_]\w*)", text)
+    path = [a for a, b in parts if a][1 if text.startswith(("L[", "G[")) else 0 :]
+    return ".".join(path) if path else str(node.target if node.op == "get_attr" else node.name)
+
+
+def module_classes(weight: fx.Node) -> tuple[str, ...]:
+    """Class names of the innermost module around the weight's first product."""
+    for user in weight.users:
+        stack = user.meta.get("nn_module_stack") or {}
+        for _, kind in reversed(list(stack.values())):
+            return (kind if isinstance(kind, str) else kind.__name__,)
+    return ()
+
+
+class _NoWeightGradient(torch.autograd.Function):
+    """Identity over outputs whose backward says that packed weights have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, names: list[str], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.names = names
+        return tuple(t.view_as(t) for t in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise FrozenWeightError(
+            f"gradient of packed weights asked for: {', '.join(ctx.names[:5])}. Call "
+            "requires_grad_(False) on them to train what is around, or compile without sparsefx"
+        )
+
+
+def _guarded(run: Callable[..., Any], frozen: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """`run`, refusing to use weights edited since they were packed, or to train them."""
+    if not frozen:
+        return run
+    versions = {name: weight._version for name, weight in frozen.items()}
+
+    def call(*args: Any) -> Any:
+        for name, weight in frozen.items():
+            if weight._version != versions[name]:
+                raise StaleWeightError(
+                    f"{name} was edited after it was packed at compile time; call "
+                    "torch._dynamo.reset() (or torch.compile again) to pack the new values"
+                )
+        outputs = run(*args)
+        trained = [n for n, w in frozen.items() if w.requires_grad]
+        if trained and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return _refuse_training(trained, [frozen[n] for n in trained], outputs)
+        return outputs
+
+    return call
+
+
+def _refuse_training(names: list[str], weights: list[Tensor], outputs: Any) -> Any:
+    values = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    where = [i for i, o in enumerate(values) if isinstance(o, Tensor) and o.is_floating_point()]
+    guarded = _NoWeightGradient.apply(names, len(weights), *weights, *(values[i] for i in where))
+    for i, tensor in zip(where, guarded, strict=True):  # type: ignore[no-untyped-call]
+        values[i] = tensor
+    return type(outputs)(values) if isinstance(outputs, (tuple, list)) else values[0]
+
+

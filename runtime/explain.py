@@ -1,0 +1,151 @@
+"""`explain`: per weight its format, kernel, size and error, and every refused choice with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsefx.codegen.kernels import UNPACK, Problem, choose
+from sparsefx.ir.format import Format
+from sparsefx.runtime.install import packed_modules
+from sparsefx.runtime.modules import PackedWeight, SparseParameter
+from sparsefx.runtime.report import Report, Row, attached
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass
+class Line:
+    """One weight: the Row of what was done, the kernel that serves it, and who was passed over."""
+
+    row: Row
+    kernel: str = "dense"
+    refused: tuple[str, ...] = ()
+
+
+@dataclass
+class Explanation:
+    """Printable (`print`, a notebook, rich) and plain data (`to_dict`, `to_json`)."""
+
+    lines: list[Line]
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Every place where something other than what was asked for, or fastest, is used."""
+        out = [f"capture: {note}" for note in self.notes]
+        for line in self.lines:
+            out += [f"{line.row.name}: {text}" for text in line.row.fallbacks]
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "fallbacks": self.fallbacks}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+
+        return Group(*_render(self))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    __repr__ = __str__
+
+
+def explain(model: Any) -> Explanation:
+    """What sparsefx did to `model`: a sparsified or loaded module, or a `torch.compile`d one.
+
+    For `torch.compile(…, backend="sparsefx")` the weights packed at compile time are shown once
+    the model has run.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.Module):
+        raise TypeError(f"explain takes a module, not {type(model).__name__}")
+    report = attached(inner) or Report(door="", spec={})
+    modules = {m.name or n: m for n, m in packed_modules(inner).items()}
+    rows = {row.name: row for row in [*report.rows, *_compiled(inner)]}
+    for name, module in modules.items():
+        if not any(name in (row.name, *row.aliases) for row in rows.values()):
+            rows[name] = _row(name, module)
+    lines = [_line(row, modules.get(row.name)) for row in rows.values()]
+    return Explanation(lines, report.notes, report.seconds, report.peak_bytes)
+
+
+def _compiled(model: nn.Module) -> Iterator[Row]:
+    from sparsefx.runtime.backend import COMPILED
+
+    for parameter in model.parameters():
+        if parameter in COMPILED:
+            yield COMPILED[parameter]
+
+
+def _row(name: str, module: PackedWeight) -> Row:
+    """A Row for a weight whose compression was not seen here (a loaded model)."""
+    packed = module.packed
+    return Row(
+        name, (module.n, module.k), module.format, 0, (),
+        bits=packed.bits_per_weight, stored_bytes=packed.stored_bytes,
+    )  # fmt: skip
+
+
+def _line(row: Row, module: PackedWeight | None) -> Line:
+    fmt = Format.parse(row.format)
+    if fmt.is_dense:
+        return Line(row)
+    if isinstance(module, SparseParameter):
+        return Line(row, "unpack on read")
+    dtype = module.dtype if module is not None else torch.float32
+    device = module.buffer_list[0].device.type if module is not None else "cpu"
+    n, k = (module.n, module.k) if module is not None else (row.shape[0], row.shape[1])
+    choice = choose(fmt, Problem(None, n, k, dtype, device))
+    refused = choice.refused
+    if choice.kernel is UNPACK and not refused:
+        refused = (f"no faster kernel covers '{fmt}' on {device}",)
+    return Line(row, choice.kernel.name, refused)
+
+
+def _render(e: Explanation) -> Iterator[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="what each weight became", title_justify="left")
+    for name, justify in (
+        ("weight", "left"), ("shape", "left"), ("calls", "right"), ("format", "left"),
+        ("kernel", "left"), ("bits", "right"), ("SQNR dB", "right"), ("because", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for line in e.lines:
+        row = line.row
+        dense = Format.parse(row.format).is_dense
+        sqnr = "" if dense else "exact" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+        why = "; ".join(part for part in (row.reason, *line.refused, *row.fallbacks) if part)
+        table.add_row(
+            Text(row.name), "×".join(map(str, row.shape)), str(row.calls), Text(row.format),
+            line.kernel, "" if dense else f"{row.bits:.2f}", sqnr, Text(why),
+        )  # fmt: skip
+    yield table
+    packed = sum(line.row.stored_bytes + line.row.branch_bytes for line in e.lines)
+    yield Text(
+        f"{sum(line.kernel != 'dense' for line in e.lines)} packed in {packed / 1e6:.2f} MB, "
+        f"{sum(line.kernel == 'dense' for line in e.lines)} dense"
+        + (f"; {e.seconds:.1f} s, peak memory {e.peak_bytes / 1e6:.0f} MB" if e.seconds else "")
+    )
+    for note in e.notes:
+        yield Text(f"capture fell back: {note}")

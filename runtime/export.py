@@ -1,0 +1,207 @@
+"""`export_onnx`: a compiled model becomes an ONNX file that stock ONNX Runtime reads and runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
+from sparsefx.codegen.onnx_inputs import Inputs
+from sparsefx.ir.errors import ExportError
+from sparsefx.runtime.gate import Difference, check
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SINGLE_FILE = 1 << 30
+"""Weights beyond this many bytes go to a second file; protobuf's limit is 2 GiB."""
+SMALL = 1024
+"""Tensors below this many bytes stay in the model file: shape inference reads them."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, how each packed weight was lowered, and how far it is from eager."""
+
+    path: Path
+    data: Path | None
+    """The second file with the weights, when they did not fit into the first."""
+    bytes: int
+    layers: tuple[Lowered, ...]
+    differences: tuple[Difference, ...]
+    """One row per runtime, shape and output; empty when the gate was skipped."""
+    notes: tuple[str, ...]
+    """What the gate could not try, and why."""
+
+    @property
+    def worst(self) -> Difference | None:
+        """The difference that comes nearest to its tolerance."""
+        return max(
+            self.differences, key=lambda d: d.difference / (d.tolerance or 1.0), default=None
+        )
+
+
+def export_onnx(
+    compiled: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+) -> ExportReport:
+    """Write `compiled` to `path` as ONNX and return what was done.
+
+    `dynamic_shapes` is {input name: {axis: "batch"}}; without it every shape is fixed. The file
+    appears only after it agreed with the eager model in ONNX Runtime, optimised and not, at several
+    sizes; a mismatch raises ExportError naming the first differing layer and leaves an older file
+    as it was. `verify=False` skips that comparison.
+    """
+    require_packages()
+    target = _target(path)
+    inputs = Inputs.of(compiled, example_inputs, dynamic_shapes)
+    with _evaluating(compiled):
+        program = _program(compiled, inputs)
+        model, rows = to_onnx(program, [
+            {axis: rule.name for axis, rule in axes.items()} for axes in inputs.axes
+        ])  # fmt: skip
+        _check_axes(model, inputs)
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
+                draft, data = _write(model, Path(room), target.name)
+                found = check(compiled, inputs, draft, rows) if verify else ((), ())
+                written = _publish(draft, data, target)
+        except OSError as error:
+            raise ExportError(f"'{target}' could not be written: {error}") from error
+    size = sum(file.stat().st_size for file in written if file)
+    return ExportReport(target, written[1], size, tuple(rows), *found)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """`path` when a file may be put there. Raises ExportError otherwise."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ExportError(f"the folder '{target.parent}' does not exist")
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return target
+    if stat.S_ISLNK(mode):
+        raise ExportError(f"'{target}' is a symbolic link; give the path of the file itself")
+    if not stat.S_ISREG(mode):
+        raise ExportError(f"'{target}' exists and is not a regular file")
+    return target
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                model,
+                inputs.args,
+                inputs.kwargs,
+                dynamic_shapes=inputs.dynamic_shapes,
+                strict=False,
+            )
+    except Exception as error:  # torch.export raises whatever the model's own code raises
+        text = str(error).strip() or type(error).__name__
+        if inputs.dynamic_shapes and ("onstraint" in text or "specializ" in text):
+            text = f"an axis asked to be dynamic is fixed by the model's code: {text}"
+        raise ExportError(f"torch.export cannot trace {type(model).__name__}: {text}") from error
+
+
+def _check_axes(model: ir.Model, inputs: Inputs) -> None:
+    """Raises ExportError where the graph fixed an axis, or its inputs are not those of the call."""
+    values = model.graph.inputs
+    if len(values) != len(inputs.axes):
+        raise ExportError(
+            f"the graph has {len(values)} inputs, the call {len(inputs.axes)} tensors: pass each once"
+        )
+    for value, axes in zip(values, inputs.axes, strict=True):
+        for axis in axes:
+            if value.shape is None or isinstance(value.shape[axis], int):
+                raise ExportError(f"axis {axis} of '{value.name}' became fixed in the graph")
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _write(model: ir.Model, room: Path, name: str) -> tuple[Path, Path | None]:
+    """The model in `room`, and its weights' file when they are too many for one file."""
+    import onnx
+    import onnx_ir
+
+    draft, data = room / "model.onnx", None
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value]
+    if sum(tensor.nbytes for tensor in tensors) > SINGLE_FILE:
+        # A new name each time: the old model and its data stay a pair until the new one is in place.
+        data = room / f"{name}.{secrets.token_hex(8)}.data"
+        onnx_ir.save(model, draft, external_data=data.name, size_threshold_bytes=SMALL)
+    else:
+        onnx_ir.save(model, draft)
+    try:
+        onnx.checker.check_model(str(draft))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"onnx's checker refuses the graph: {error}") from error
+    return draft, data
+
+
+def _publish(draft: Path, data: Path | None, target: Path) -> tuple[Path, Path | None]:
+    """Move the finished files to their places; the model last, so that it is never without data."""
+    for file in (draft, data):
+        if file is not None:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    old = _data_of(target)
+    _target(target)
+    place = None
+    if data is not None:
+        place = target.with_name(data.name)
+        os.replace(data, place)
+    try:
+        os.replace(draft, target)
+    except OSError:
+        if place is not None:
+            place.unlink()
+        raise
+    for stale in old:
+        stale.unlink(missing_ok=True)
+    return target, place
+
+
+def _data_of(target: Path) -> list[Path]:
+    """The data files that an earlier export wrote for the model at `target`."""
+    import onnx
+
+    if not target.exists():
+        return []
+    try:
+        model = onnx.load(str(target), load_external_data=False)
+    except Exception:  # not an ONNX file: it has no data of ours
+        return []
+    ours = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.data")
+    names = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    files = [target.with_name(name) for name in names if ours.fullmatch(name)]
+    return [file for file in files if file.is_file() and not file.is_symlink()]

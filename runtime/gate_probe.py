@@ -1,0 +1,138 @@
+"""Eager runs for the gate: with rounding noise, without activation rounding, with layers recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsefx.ir.format import Format, Packed
+from sparsefx.ir.op import add_branch, quantize_rows
+
+Call = tuple[tuple[int, ...], Tensor]
+"""Addresses of a packed weight's buffers, and what was computed with it."""
+
+UNITS = {torch.float64: 2.0**-53, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+POINTWISE = 4.0
+"""Units in the last place by which elementwise functions of two math libraries may differ."""
+
+aten = torch.ops.aten
+LEFT = {
+    aten.mm.default: 0, aten.bmm.default: 0, aten.mv.default: 0, aten.dot.default: 0,
+    aten.addmm.default: 1, aten.baddbmm.default: 1, aten.addmv.default: 1, aten.linear.default: 0,
+}  # fmt: skip
+"""Products, and which argument's last axis they sum over."""
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Half a unit in the last place, relative."""
+    return UNITS.get(dtype, 2.0**-24)
+
+
+class Probe(TorchDispatchMode):
+    """Watches every operator of one eager run; as it is, it changes nothing."""
+
+    def __init__(self, noise: int | None = None, activations: str = "as asked") -> None:
+        """`noise` seeds rounding errors of every operator, or with "dither" those of activations.
+
+        `activations` that `+a8` rounds to int8 may be left "exact", or exact but moved at random
+        by as much as rounding moves them: "dither".
+        """
+        super().__init__()
+        self.activations = activations
+        self.dither = torch.Generator().manual_seed(noise or 0)
+        noisy = noise is not None and activations == "as asked"
+        self.generator = self.dither if noisy else None
+        self.calls: list[Call] | None = None
+        """Results of packed weights in execution order, when a list is put here."""
+
+    def run(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The model's outputs. Noisy runs see attention as products, not as one opaque operator."""
+        if self.generator is None:
+            with torch.no_grad(), self:
+                return model(*args, **kwargs)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self:
+                return model(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        product = func is torch.ops.sparsefx.linear.default
+        fmt = Format.parse(args[4]) if product else Format()
+        if fmt.a8 and self.activations != "as asked":
+            x = self._dithered(args[0]) if self.activations == "dither" else args[0]
+            args = (x, *args[1:4], str(replace(fmt, a8=False)), args[5])
+        out = func(*args, **kwargs)
+        if self.generator is not None and not _aliases(func):
+            bound = _product_bound(func, args, kwargs, out)
+            out = pytree.tree_map(lambda y: self._noisy(y, bound), out)
+        if self.calls is not None and (product or func is torch.ops.sparsefx.unpack.default):
+            buffers = args[1] if product else args[0]
+            self.calls.append((tuple(b.data_ptr() for b in buffers), out.detach().cpu().clone()))
+        return out
+
+    def _dithered(self, x: Tensor) -> Tensor:
+        """x plus uniform noise of one int8 step per row: independent of, and as large as, rounding."""
+        share = torch.rand(x.shape, generator=self.dither).to(x.device) - 0.5
+        return (x.float() + share * quantize_rows(x)[1]).to(x.dtype)
+
+    def _noisy(self, y: Any, bound: Tensor | None) -> Any:
+        """y with each element moved by its bound, up or down at random."""
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            return y
+        if bound is None:
+            bound = POINTWISE * unit(y.dtype) * y.abs().double()
+        sign = torch.randint(0, 2, y.shape, generator=self.generator).to(y.device) * 2.0 - 1.0
+        # Infinities and the huge constants that stand for them in masks are exact everywhere.
+        exact = ~(y.abs() < torch.finfo(y.dtype).max / 4)
+        return torch.where(exact, y, (y.double() + sign * bound).to(y.dtype))
+
+
+def _aliases(func: Any) -> bool:
+    schema = func._schema
+    return schema.is_mutable or any(r.alias_info is not None for r in schema.returns)
+
+
+def _product_bound(func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> Tensor | None:
+    """u·|y| + 2√K·2⁻²⁴·|x||w|ᵀ for products, None for other operators."""
+    if func is torch.ops.sparsefx.linear.default:
+        reach, k = _linear_reach(args), args[0].shape[-1]
+    elif func in LEFT or func is aten.convolution.default:
+        reach = func(*pytree.tree_map(_absolute, tuple(args)), **kwargs).double()
+        left = args[LEFT.get(func, 0)]
+        k = left.shape[-1] if func in LEFT else args[1].numel() // max(out.shape[1], 1)
+    else:
+        return None
+    u, steps = unit(out.dtype), max(k, 1) ** 0.5
+    bound = u * out.abs().double() + 2 * steps * min(2.0**-24, max(u, 2.0**-53)) * reach
+    if u > 2.0**-24:
+        # One side may round its operands (the weight, a branch's middle) to half precision.
+        bound += 2 * u / steps * reach
+    return bound
+
+
+def _absolute(value: Any) -> Any:
+    return value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _linear_reach(args: Sequence[Any]) -> Tensor:
+    """|x| |W|ᵀ + |bias| + the same of the branch, in float32."""
+    x, weight, bias, branch, fmt, n = args
+    rows = x.abs().float()
+    packed = Packed(Format.parse(fmt), n, x.shape[-1], tuple(weight))
+    reach = rows @ packed.unpack().abs().T
+    if bias is not None:
+        reach = reach + bias.abs()
+    return add_branch(reach, rows, [t.abs() for t in branch]).double()

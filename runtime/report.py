@@ -1,0 +1,86 @@
+"""The record of what was done to each weight, and why; `explain` shows it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sparsefx.passes.compress import Result
+from sparsefx.passes.plan import Choice
+
+ATTRIBUTE = "_sparsefx_report"
+
+
+@dataclass
+class Row:
+    """One Site. Sizes in bytes, `bits` stored per weight, `sqnr_db` of the stored weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    calls: int
+    rows: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    reason: str = ""
+    bits: float = 0.0
+    stored_bytes: int = 0
+    dense_bytes: int = 0
+    branch_bytes: int = 0
+    sqnr_db: float | None = None
+    algorithm: str = ""
+    seconds: float = 0.0
+    fallbacks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def planned(cls, choice: Choice) -> Row:
+        site = choice.site
+        return cls(
+            site.name, site.shape, str(choice.format), site.calls, site.rows, site.names[1:],
+            choice.reason,
+        )  # fmt: skip
+
+    def compressed(self, result: Result, unpacked: dict[str, str]) -> None:
+        """Fill in what compression found out."""
+        packed = result.packed
+        self.bits = packed.bits_per_weight
+        self.stored_bytes = packed.stored_bytes
+        self.branch_bytes = sum(t.numel() * t.element_size() for t in result.branch)
+        self.sqnr_db = result.sqnr_db if math.isfinite(result.sqnr_db) else None
+        self.algorithm, self.seconds = result.algorithm, result.seconds
+        if result.note:
+            self.fallbacks.append(result.note)
+        for name, why in unpacked.items():
+            self.fallbacks.append(f"{name} is unpacked at every read: {why}")
+
+
+@dataclass
+class Report:
+    """All rows, and what concerns the whole model."""
+
+    door: str
+    spec: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def attach(model: nn.Module, report: Report) -> None:
+    """Remember `report` on the model (outside its state dict)."""
+    object.__setattr__(model, ATTRIBUTE, report)
+
+
+def attached(model: nn.Module) -> Report | None:
+    """The report of the last `sparsify`, None for a model that was never compressed here."""
+    found = getattr(model, ATTRIBUTE, None)
+    return found if isinstance(found, Report) else None

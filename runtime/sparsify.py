@@ -1,0 +1,110 @@
+"""`sparsify`: find, plan, compress, install."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsefx.ir.capture import capture
+from sparsefx.ir.errors import WeightError
+from sparsefx.ir.format import Format
+from sparsefx.passes.compress import Result, compress
+from sparsefx.passes.plan import plan
+from sparsefx.passes.spec import Spec, matches
+from sparsefx.runtime.install import install, packed_modules
+from sparsefx.runtime.progress import Progress
+from sparsefx.runtime.report import Report, Row, attach
+
+
+def sparsify(
+    model: nn.Module,
+    spec: str | Path | Mapping[str, Any] | Format | Spec,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Compress `model` in place to `spec` and return it: same class, same signature, less memory.
+
+    The dense weights are replaced as they are compressed, so no second copy of the model is ever
+    held; `copy.deepcopy` first if you need both.
+
+    `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments) show which
+    weights are multiplied by what; without them the first calibration batch is used, and without
+    that `torch.fx.symbolic_trace` must be able to read the model. `calibration` is an iterable of
+    such inputs, say 16 of 512 tokens; with it weights are pruned and quantised jointly
+    (SparseGPT/GPTQ), without it by magnitude and rounding to nearest. `progress` shows a bar;
+    None means where standard error is a terminal.
+
+    Raises SpecError or WeightError before anything is changed, CaptureError when the model cannot
+    be traced. `sparsefx.explain(model)` tells what was done to each weight and why.
+    """
+    start = time.perf_counter()
+    reset_peak()
+    spec = Spec.read(spec)
+    if _already(model, spec):
+        return model
+    batches = None if calibration is None else list(calibration)
+    if example_inputs is None and batches:
+        example_inputs = batches[0]
+    captured = capture(model, example_inputs)
+    choices = plan(model, captured.sites, spec)
+    report = Report(door=captured.door, spec=spec.model_dump(), notes=list(captured.notes))
+    for choice in choices:
+        report.rows.append(Row.planned(choice))
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+
+    def put(result: Result) -> None:
+        site = result.site
+        unpacked = install(model, site.names, result.packed, result.branch, site.transposed)
+        report.row(site.name).compressed(result, unpacked)
+
+    with Progress("compressing", sum(not c.dense for c in choices), progress) as bar:
+        compress(model, choices, spec, batches, put, lambda site: bar.advance(site.name))
+    for module, mode in training.items():
+        module.training = mode
+    report.seconds = time.perf_counter() - start
+    report.peak_bytes = peak_bytes()
+    attach(model, report)
+    return model
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` count from now on, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held since `reset_peak` (since its start outside Linux), bytes."""
+    with contextlib.suppress(OSError, AttributeError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _already(model: nn.Module, spec: Spec) -> bool:
+    """Whether a second call asks for nothing new; WeightError when it asks for something else."""
+    packed = packed_modules(model)
+    if not packed:
+        return False
+    wanted = Format.parse(spec.format)
+    for name, module in packed.items():
+        names, classes = (module.name or name,), (type(module).__name__,)
+        now = Format.parse(module.format)
+        want = next((Format.parse(f) for p, f in spec.overrides.items() if matches(p, names, classes)), wanted)
+        if now != want or "scales" in now.buffers:
+            raise WeightError(
+                f"{name} is already packed as '{now}'; a second '{want}' would compress the "
+                "compressed. Load the dense model again and sparsify that"
+            )
+    return True
