@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,14 +48,12 @@ class Lowered:
 
 def require_packages() -> None:
     """Raises MissingPackageError unless the packages of the `onnx` extra are there."""
-    try:
-        import onnx
-        import onnx_ir
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        hint = 'install it with: pip install "sparsefx[onnx]"'
-        raise MissingPackageError(f"exporting to ONNX needs the package '{error.name}'; {hint}") from error
+    missing = [p for p in ("onnx", "onnx_ir", "onnxscript", "onnxruntime") if find_spec(p) is None]
+    if missing:
+        raise MissingPackageError(
+            f"exporting to ONNX needs {', '.join(missing)}; "
+            'install with: pip install "sparsefx[onnx]"'
+        )
 
 
 def to_onnx(
@@ -153,7 +152,9 @@ class _Lowerer:
 
     def _linear(self, node: ir.Node) -> Emitted:
         x, *rest = node.inputs
-        assert x is not None and x.shape is not None and x.dtype is not None
+        assert x is not None
+        assert x.shape is not None
+        assert x.dtype is not None
         bias = rest.pop() if node.attributes["biased"].as_int() else None
         count = node.attributes["weights"].as_int()
         k = x.shape[-1]
@@ -209,9 +210,7 @@ class _Lowerer:
         packed = Packed(fmt, n, k, tuple(self.tensors[name].detach().cpu() for name in names))
         return packed, names[0].rpartition(".")[0]
 
-    def _stored(
-        self, row: Lowering, packed: Packed, name: str
-    ) -> tuple[Stored, Sequence[ir.Node]]:
+    def _stored(self, row: Lowering, packed: Packed, name: str) -> tuple[Stored, Sequence[ir.Node]]:
         """The weight in the graph, and the nodes to insert when it is new there."""
         places = tuple((b.data_ptr(), b.numel(), b.dtype) for b in packed.buffers)
         key = (row.op, str(packed.format), packed.n, packed.k, *places)

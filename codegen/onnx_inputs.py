@@ -51,7 +51,9 @@ class Inputs:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise ExportError(f"example_inputs do not fit {type(model).__name__}: {error}") from error
+            raise ExportError(
+                f"example_inputs do not fit {type(model).__name__}: {error}"
+            ) from error
         spread = [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
         wanted = dict(dynamic_shapes or {})
         for name in spread:
@@ -60,13 +62,15 @@ class Inputs:
                 wanted[name] = {key: wanted.pop(key) for key in list(wanted) if key in extra}
         if unknown := sorted(map(str, set(wanted) - set(bound.arguments))):
             have = ", ".join(bound.arguments)
-            raise ExportError(f"dynamic_shapes names {unknown}, but the inputs are: {have}; {NAMES}")
+            raise ExportError(
+                f"dynamic_shapes names {unknown}, but the inputs are: {have}; {NAMES}"
+            )
         found: list[dict[int, Axis]] = []
         shapes = {
             name: _walk(name, value, wanted.get(name), found)
             for name, value in bound.arguments.items()
         }
-        order = [n for n in bound.arguments if n in kwargs] + [n for n in kwargs]
+        order = [n for n in bound.arguments if n in kwargs] + list(kwargs)
         ordered = {name: kwargs[name] for name in dict.fromkeys(order)}
         return Inputs(args, ordered, shapes if any(found) else None, tuple(found))
 
@@ -120,7 +124,9 @@ def _walk(name: str, value: Any, wanted: Any, found: list[dict[int, Axis]]) -> A
         chosen = wanted or {}
         return {key: _walk(f"{name}.{key}", v, chosen.get(key), found) for key, v in value.items()}
     if wanted is not None:
-        raise ExportError(f"dynamic_shapes names '{name}', which is a {type(value).__name__}; {NAMES}")
+        raise ExportError(
+            f"dynamic_shapes names '{name}', which is a {type(value).__name__}; {NAMES}"
+        )
     found += [{} for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return None
 

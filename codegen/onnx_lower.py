@@ -205,7 +205,7 @@ def store_int_matrix(writer: Writer, packed: Packed) -> Stored:
     scale = writer.constant("scales", scales.half().T.reshape(count, 1, packed.n))
     wide = writer.op("Mul", wide, writer.cast(scale, writer.types.FLOAT))
     shape = writer.constant("shape", torch.tensor([count * size, packed.n]))
-    matrix = writer.op("Reshape", wide, shape)
+    matrix = writer.op("Reshape", wide, shape, allowzero=1)
     if count * size != packed.k:
         ends = [writer.constant(s, torch.tensor([v])) for s, v in (("from", 0), ("to", packed.k))]
         matrix = writer.op("Slice", matrix, *ends)

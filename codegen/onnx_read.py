@@ -24,7 +24,8 @@ def _decode_blocks(node: ir.Node) -> np.ndarray[Any, Any]:
     read = {key: attribute.as_int() for key, attribute in node.attributes.items()}
     bits, size, n, k = read["bits"], read["block_size"], read["N"], read["K"]
     b, s = node.inputs[1], node.inputs[2]
-    assert b is not None and s is not None
+    assert b is not None
+    assert s is not None
     codes = _fields(_evaluate(b), bits).reshape(n, -1, size)
     count = codes.shape[1]
     zeros = np.full((n, count), 1 << (bits - 1))
@@ -32,7 +33,8 @@ def _decode_blocks(node: ir.Node) -> np.ndarray[Any, Any]:
         zeros = _fields(_evaluate(node.inputs[3]).reshape(n, -1), bits)[:, :count]
     scales = _evaluate(s).reshape(n, count, 1)
     values = (codes - zeros[..., None]).astype(np.float32) * scales
-    return values.reshape(n, count * size)[:, :k]
+    out: np.ndarray[Any, Any] = values.reshape(n, count * size)[:, :k]
+    return out
 
 
 def _fields(stream: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
@@ -51,6 +53,6 @@ def _evaluate(value: ir.Value) -> np.ndarray[Any, Any]:
         return value.const_value.numpy()
     node = value.producer()
     assert node is not None, value.name
-    inputs = {v.name: _evaluate(v) for v in node.inputs if v is not None}
+    inputs = {str(v.name): _evaluate(v) for v in node.inputs if v is not None}
     (out,) = ReferenceEvaluator(onnx_ir.to_proto(node)).run(None, inputs)
     return np.asarray(out)

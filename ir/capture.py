@@ -6,8 +6,10 @@ dependent Python); without example inputs only symbolic_trace is left.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -49,7 +51,8 @@ def capture(model: nn.Module, example_inputs: Any = None, door: str | None = Non
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Traced]:
-    with torch.no_grad(), warnings.catch_warnings():
+    noise = io.StringIO()  # a failing export prints its whole graph
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(noise), redirect_stdout(noise):
         warnings.simplefilter("ignore")
         program = torch.export.export(model, args, kwargs, strict=False)
     signature = program.graph_signature.inputs_to_parameters
@@ -65,8 +68,12 @@ def _dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     graphs: list[Traced] = []
 
     def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.append(Traced(gm.graph, placeholder_weights(gm, inputs)))
-        return gm.forward
+        def run(*args: Any) -> Any:
+            # Recorded at the call: after a graph break one graph may serve many layers' weights.
+            graphs.append(Traced(gm.graph, placeholder_weights(gm, args)))
+            return gm(*args)
+
+        return run
 
     run = torch.compile(model, backend=keep)
     with torch.no_grad(), warnings.catch_warnings():

@@ -67,7 +67,7 @@ PRODUCTS: Mapping[str, tuple[Operand, ...]] = {
     "lstm_cell": _RNN, "gru_cell": _RNN, "rnn_tanh_cell": _RNN, "rnn_relu_cell": _RNN,
     "multi_head_attention_forward": _MHA,
     "_native_multi_head_attention": tuple(Operand(i, "", "inside") for i in (5, 7)),
-    "_transformer_encoder_layer_fwd": tuple(Operand(i, "", "inside") for i in (3, 5, 11, 13)),
+    "_transformer_encoder_layer_fwd": tuple(Operand(i, "", "inside") for i in (3, 5, 14, 16)),
 }  # fmt: skip
 
 TRANSPOSES = {"t", "numpy_T", "T", "mT", "adjoint", "transpose", "swapaxes", "permute"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
@@ -70,6 +72,8 @@ class Traced:
     weights: dict[Node, Tensor]
     chosen: dict[Node, ChosenFormat] = field(default_factory=dict)
     """Weights that are to be packed, and how."""
+    results: dict[Node, Any] = field(default_factory=dict)
+    """What packing them gave (`passes.compress.Result`)."""
 
 
 @dataclass
@@ -95,8 +99,9 @@ def find_sites(model: nn.Module, graphs: Sequence[Traced]) -> list[Site]:
 
     Linear-like modules that no graph reached are appended as refused: none is missed in silence.
     """
-    sites = group_sites(parameter_names(model), graphs)
-    return sites + _unreached(model, {name for site in sites for name in site.names})
+    names = parameter_names(model)
+    sites = group_sites(names, graphs)
+    return sites + _unreached(model, names, {name for site in sites for name in site.names})
 
 
 def group_sites(names: Mapping[int, tuple[str, ...]], graphs: Sequence[Traced]) -> list[Site]:
@@ -147,14 +152,14 @@ def _rows(use: Use) -> str:
     return str(count)
 
 
-def _unreached(model: nn.Module, known: set[str]) -> list[Site]:
-    out = []
-    for module_name, module in model.named_modules():
+def _unreached(
+    model: nn.Module, names: Mapping[int, tuple[str, ...]], known: set[str]
+) -> list[Site]:
+    out: dict[int, Site] = {}
+    for module in model.modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            continue
-        name = f"{module_name}.weight" if module_name else "weight"
-        if isinstance(weight, nn.Parameter) and name not in known:
-            reason = "the example inputs never reach it; pass inputs that do"
-            out.append(Site((name,), tuple(weight.shape), "refused", reason=reason))
-    return out
+        linear = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if linear and isinstance(weight, nn.Parameter) and known.isdisjoint(names[id(weight)]):
+            reason = "no graph reaches it: the example inputs do not use it, or it could not be traced"
+            out[id(weight)] = Site(names[id(weight)], tuple(weight.shape), "refused", reason=reason)
+    return list(out.values())

@@ -71,7 +71,8 @@ def compress(
             note = "sparsegpt saw no input rows: " + (site.reason or "calibration never reached it")
         matrix = site.matrix(model.get_parameter(site.name))
         statistics = None if hessian is None else hessian.sum
-        return _compress(site, matrix, statistics, formats[site.name], name, note, spec.damping)
+        fmt = formats[site.name]
+        return compress_site(site, matrix, statistics, fmt, name, spec.damping, note)
 
     if algorithm == "magnitude" or batches is None:
         for site in sites:
@@ -87,12 +88,19 @@ def compress(
     stream(model, sites, batches, part)
 
 
-def _compress(
-    site: Site, weight: Tensor, hessian: Tensor | None, fmt: Format, name: str, note: str, damp: float
+def compress_site(
+    site: Site,
+    weight: Tensor,
+    hessian: Tensor | None,
+    fmt: Format,
+    algorithm: str,
+    damping: float,
+    note: str = "",
 ) -> Result:
+    """Pack one (N, K) weight. Raises WeightError naming the Site."""
     start = time.perf_counter()
     try:
-        packed = ALGORITHMS[name](weight, hessian, fmt, damp)
+        packed = ALGORITHMS[algorithm](weight, hessian, fmt, damping)
     except WeightError as error:
         raise WeightError(f"{site.name}: {error}") from None
     branch = lowrank(weight, packed, hessian)
@@ -100,7 +108,7 @@ def _compress(
     error_power = float((weight.float() - got).square().sum())
     power = float(weight.float().square().sum())
     sqnr = 10 * torch.tensor(power / error_power).log10().item() if error_power else float("inf")
-    return Result(site, packed, branch, sqnr, name, note, time.perf_counter() - start)
+    return Result(site, packed, branch, sqnr, algorithm, note, time.perf_counter() - start)
 
 
 def _effective(packed: Packed, branch: tuple[Tensor, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from sparsefx.ir.format import Packed
 from sparsefx.ir.products import Use, argument, uses
 from sparsefx.ir.sites import Traced
-from sparsefx.passes.lowrank import lowrank
+from sparsefx.passes.compress import Result, compress_site
 from sparsefx.passes.manager import graph_pass
 from sparsefx.passes.normalise import operands, products_are_linear
 
@@ -28,24 +28,21 @@ def no_chosen_weight_is_dense(traced: Traced) -> str | None:
 def pack(traced: Traced) -> bool:
     """Pack every chosen weight once and let all its products read the buffers."""
     for weight, choice in traced.chosen.items():
-        site = choice.site
-        matrix = site.matrix(traced.weights[weight])
-        packed = choice.format.pack(matrix)
-        branch = lowrank(matrix, packed, None)
-        found = [use for use in uses(traced.graph, {weight: traced.weights[weight]})]
-        attributes = _attach(traced.graph, found[0].node, site.name, packed, branch)
+        matrix = choice.site.matrix(traced.weights[weight])
+        result = compress_site(choice.site, matrix, None, choice.format, "magnitude", 0.0)
+        traced.results[weight] = result
+        found = uses(traced.graph, {weight: traced.weights[weight]})
+        attributes = _attach(traced.graph, found[0].node, result)
         for use in found:
-            _replace(traced.graph, use, packed, *attributes)
+            _replace(traced.graph, use, result.packed, *attributes)
     return bool(traced.chosen)
 
 
-def _attach(
-    graph: Graph, first: Node, name: str, packed: Packed, branch: tuple[Tensor, ...]
-) -> tuple[list[Node], list[Node]]:
+def _attach(graph: Graph, first: Node, result: Result) -> tuple[list[Node], list[Node]]:
     """get_attr nodes, before `first`, of the buffers and the branch on the graph's module."""
     owner = graph.owning_module
     assert isinstance(owner, fx.GraphModule)
-    stem = "packed_" + "".join(c if c.isalnum() else "_" for c in name)
+    stem = "packed_" + "".join(c if c.isalnum() else "_" for c in result.site.name)
 
     def node(part: str, tensor: Tensor) -> Node:
         key = f"{stem}_{part}"
@@ -54,8 +51,9 @@ def _attach(
 
     parts = ("down", "up", "scale")
     with graph.inserting_before(first):
-        buffers = [node(k, b) for k, b in zip(packed.format.buffers, packed.buffers, strict=True)]
-        return buffers, [node(p, b) for p, b in zip(parts, branch, strict=False)]
+        names = result.packed.format.buffers
+        buffers = [node(k, b) for k, b in zip(names, result.packed.buffers, strict=True)]
+        return buffers, [node(p, b) for p, b in zip(parts, result.branch, strict=False)]
 
 
 def _replace(

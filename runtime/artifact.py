@@ -48,6 +48,7 @@ if sys.platform != "win32":
     import fcntl
 
 SCRATCH = ".sparsefx-"
+RENAME = "rename the module or change what it holds"
 _STORABLE = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
     torch.float8_e5m2, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -73,8 +74,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "aliases": aliases,
         "transient": sorted(transient_names(root) & (tensors.keys() | aliases.keys())),
     }
-    head = record(Manifest, target, fields)
-    record(_Names, target, {"tensors": list(tensors)})
+    head = record(Manifest, target, fields, RENAME)
+    record(_Names, target, {"tensors": list(tensors)}, RENAME)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ArtifactError(f"{target}: is a link or no folder; name a new folder")
     try:
@@ -181,7 +182,7 @@ def _entry(module: PackedWeight, paths: list[str], where: Path) -> Entry:
     if isinstance(module, SparseParameter) and type(module) is SparseParameter:
         fields["names"] = [path.removesuffix("_packed") for path in paths]
         fields |= {"shape": list(module.shape), "transposed": module.transposed}
-        return record(Parameter, where, fields)
+        return record(Parameter, where, fields, RENAME)
     if not isinstance(module, SparseLinear) or "" in paths:
         raise ArtifactError(
             f"{where}: the {type(module).__name__} at '{paths[0]}' could not be put back by a load; "
@@ -191,8 +192,8 @@ def _entry(module: PackedWeight, paths: list[str], where: Path) -> Entry:
     fields["bias"] = module.bias is not None
     fields["rank"] = len(module.branch[0]) if module.branch else 0
     if isinstance(module, SparseConv1x1):
-        return record(Conv1x1, where, fields | {"stride": list(module.stride)})
-    return record(Linear, where, fields)
+        return record(Conv1x1, where, fields | {"stride": list(module.stride)}, RENAME)
+    return record(Linear, where, fields, RENAME)
 
 
 # --- files -------------------------------------------------------------------------------------

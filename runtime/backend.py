@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.guards import GuardBuilder
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsefx.codegen import kernels  # noqa: F401  (registers the kernel table with the op)
@@ -52,8 +53,12 @@ def sparsefx(
     spec = Spec.read(options.get("spec", "int8"))
     traced = Traced(gm.graph, placeholder_weights(gm, inputs))
     _choose(traced, spec)
+    for node in traced.chosen:
+        _only_for(node)
     run_passes(traced, PASSES)
     gm.recompile()
+    for node, result in traced.results.items():
+        COMPILED[traced.weights[node]].compressed(result, {})
     frozen = {c.site.name: traced.weights[node] for node, c in traced.chosen.items()}
     return _guarded(INNER[inner](gm, inputs), frozen)
 
@@ -98,6 +103,19 @@ def weight_name(node: fx.Node) -> str:
     parts = re.findall(r"\['([^']+)'\]|\.([A-Za-z_]\w*)", text)
     path = [a for a, b in parts if a][1 if text.startswith(("L[", "G[")) else 0 :]
     return ".".join(path) if path else str(node.target if node.op == "get_attr" else node.name)
+
+
+def _only_for(weight: fx.Node) -> None:
+    """Let dynamo recompile where another weight takes this one's place.
+
+    After a graph break dynamo reuses one graph for every layer of the same code, with the weights
+    as inputs; what is packed here belongs to this weight alone.
+    """
+    context = torch._guards.TracingContext.try_get()
+    source = getattr(weight.meta.get("grapharg"), "source", None)
+    if context is not None and source is not None:
+        guard = source.make_guard(GuardBuilder.ID_MATCH)
+        context.guards_context.dynamo_guards.add(guard)
 
 
 def module_classes(weight: fx.Node) -> tuple[str, ...]:

@@ -194,14 +194,17 @@ def _publish(draft: Path, data: Path | None, target: Path) -> tuple[Path, Path |
 def _data_of(target: Path) -> list[Path]:
     """The data files that an earlier export wrote for the model at `target`."""
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not target.exists():
         return []
     try:
         model = onnx.load(str(target), load_external_data=False)
-    except Exception:  # not an ONNX file: it has no data of ours
+    except DecodeError:  # not an ONNX file: it has no data of ours
         return []
     ours = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.data")
-    names = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    names = {
+        e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"
+    }
     files = [target.with_name(name) for name in names if ours.fullmatch(name)]
     return [file for file in files if file.is_file() and not file.is_symlink()]

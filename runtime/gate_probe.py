@@ -35,7 +35,7 @@ def unit(dtype: torch.dtype) -> float:
     return UNITS.get(dtype, 2.0**-24)
 
 
-class Probe(TorchDispatchMode):
+class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every operator of one eager run; as it is, it changes nothing."""
 
     def __init__(self, noise: int | None = None, activations: str = "as asked") -> None:
@@ -44,7 +44,7 @@ class Probe(TorchDispatchMode):
         `activations` that `+a8` rounds to int8 may be left "exact", or exact but moved at random
         by as much as rounding moves them: "dither".
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.activations = activations
         self.dither = torch.Generator().manual_seed(noise or 0)
         noisy = noise is not None and activations == "as asked"
@@ -75,10 +75,11 @@ class Probe(TorchDispatchMode):
             x = self._dithered(args[0]) if self.activations == "dither" else args[0]
             args = (x, *args[1:4], str(replace(fmt, a8=False)), args[5])
         out = func(*args, **kwargs)
-        if self.generator is not None and not _aliases(func):
+        unpacks = func is torch.ops.sparsefx.unpack.default  # exact in both
+        if self.generator is not None and not unpacks and not _aliases(func):
             bound = _product_bound(func, args, kwargs, out)
             out = pytree.tree_map(lambda y: self._noisy(y, bound), out)
-        if self.calls is not None and (product or func is torch.ops.sparsefx.unpack.default):
+        if self.calls is not None and (product or unpacks):
             buffers = args[1] if product else args[0]
             self.calls.append((tuple(b.data_ptr() for b in buffers), out.detach().cpu().clone()))
         return out
@@ -107,6 +108,7 @@ def _aliases(func: Any) -> bool:
 
 def _product_bound(func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> Tensor | None:
     """u·|y| + 2√K·2⁻²⁴·|x||w|ᵀ for products, None for other operators."""
+    reach: Tensor
     if func is torch.ops.sparsefx.linear.default:
         reach, k = _linear_reach(args), args[0].shape[-1]
     elif func in LEFT or func is aten.convolution.default:
@@ -116,7 +118,7 @@ def _product_bound(func: Any, args: Sequence[Any], kwargs: Any, out: Any) -> Ten
     else:
         return None
     u, steps = unit(out.dtype), max(k, 1) ** 0.5
-    bound = u * out.abs().double() + 2 * steps * min(2.0**-24, max(u, 2.0**-53)) * reach
+    bound: Tensor = u * out.abs().double() + 2 * steps * min(2.0**-24, max(u, 2.0**-53)) * reach
     if u > 2.0**-24:
         # One side may round its operands (the weight, a branch's middle) to half precision.
         bound += 2 * u / steps * reach

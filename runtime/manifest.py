@@ -125,14 +125,14 @@ class Manifest(Record):
 R = TypeVar("R", bound=Record)
 
 
-def record(make: type[R], where: object, fields: dict[str, Any]) -> R:
+def record(make: type[R], where: object, fields: dict[str, Any], way_out: str = _AGAIN) -> R:
     """`make(**fields)`; ArtifactError with the first complaint when the fields are not valid."""
     try:
         return make.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])[:200]
-        raise ArtifactError(f"{where}: '{place}': {first['msg']}") from None
+        raise ArtifactError(f"{where}: '{place}': {first['msg']}; {way_out}") from None
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,0 +1,54 @@
+"""Architecture coverage: every product with a weight is a Site or refused with a reason.
+
+`make check-zoo` runs it; the count it is held against watches the model run and shares no code
+with the capture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from product_counter import count_products
+
+from sparsefx.ir.capture import capture
+from sparsefx.ir.sites import Site
+from sparsefx.models.zoo import ZOO
+
+pytestmark = pytest.mark.zoo
+DOORS = ("export", "dynamo")
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_no_weight_is_missed(name: str, record_property: Callable[[str, str], None]) -> None:
+    example = ZOO[name]()
+    inputs = dict(example.kwargs) if example.kwargs else example.args
+    counted = count_products(example.model, example.args, example.kwargs)
+    assert counted.counts, "the oracle counts no product: the example is no test"
+    opened = []
+    for door in DOORS:
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                captured = capture(example.model, inputs, door)
+            except Exception as error:
+                record_property(door, f"closed: {str(error)[:120]}")
+                continue
+        opened.append(door)
+        _compare(captured.sites, counted.counts, door)
+        found = [s for s in captured.sites if s.kind != "refused"]
+        record_property(door, f"{len(found)} sites, {len(captured.sites) - len(found)} refused")
+    assert opened, "no door opens"
+
+
+def _compare(sites: list[Site], counted: dict[str, int], door: str) -> None:
+    reached = {site.name for site in sites if site.calls}
+    missed = sorted(set(counted) - {site.name for site in sites})
+    assert not missed, f"{door}: multiplied by at run time, but neither a Site nor refused: {missed}"
+    extra = sorted(reached - set(counted))
+    assert not extra, f"{door}: Sites that no product used: {extra}"
+    for site in sites:
+        assert site.kind != "refused" or site.reason, f"{door}: {site.name} refused without reason"
