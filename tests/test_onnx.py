@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsefx.codegen import onnx as codegen
 from sparsefx.codegen.onnx import DOMAIN, IR_VERSION, Lowered, lower
 from sparsefx.codegen.onnx_lower import Blocks, Problem, plan_blocks
 from sparsefx.codegen.onnx_read import written_weight
-from sparsefx.ir.errors import ExportError
+from sparsefx.ir.errors import ExportError, MissingPackageError
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.op import reference
 from sparsefx.runtime import export
@@ -91,7 +92,7 @@ def bound(x: Tensor, packed: Packed, y: Tensor) -> Tensor:
     """|y−r| ≤ u|r| + 2√K·2⁻²⁴·(|x||w|ᵀ); with int8 activations, half a step of a block's maximum."""
     weight = packed.unpack(torch.float64).abs()
     rows = x.double().abs()
-    out = 2.0**-24 * y.abs() + 2 * packed.k**0.5 * 2.0**-24 * (rows @ weight.T)
+    out: Tensor = 2.0**-24 * y.abs() + 2 * packed.k**0.5 * 2.0**-24 * (rows @ weight.T)
     if packed.format.a8:
         out += rows.amax(-1, keepdim=True) / 127 / 2 * 1.01 * weight.sum(1)
         # The kernel subtracts the zero point's share in float32: what is masked leaves rounding.
@@ -277,7 +278,8 @@ def mlp(*formats: str) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)).eval()
     for index, fmt in zip((0, 2), formats, strict=False):
-        install(model, [f"{index}.weight"], Format.parse(fmt).pack(model[index].weight.detach()))
+        weight = model.get_parameter(f"{index}.weight").detach()
+        install(model, [f"{index}.weight"], Format.parse(fmt).pack(weight))
     return model
 
 
@@ -296,7 +298,14 @@ def test_external_data_replaces_older_data_and_only_that(
     assert sorted(os.listdir(tmp_path)) == sorted(["m.onnx", new.data.name, other.name])
     assert new.bytes == path.stat().st_size + new.data.stat().st_size
     assert {d.measure for d in new.differences} == {"rms"}
+    assert {file.stat().st_mode for file in (path, new.data)} == {other.stat().st_mode}
     ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(codegen, "find_spec", lambda name: None if name == "onnxscript" else 1)
+    with pytest.raises(MissingPackageError, match=r"onnxscript; .*sparsefx\[onnx\]"):
+        export_onnx(mlp(), tmp_path / "m.onnx", torch.ones(2, 32))
 
 
 @pytest.mark.parametrize("kind", ["symlink", "directory", "no folder"])

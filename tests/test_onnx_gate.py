@@ -17,7 +17,6 @@ from sparsefx.codegen import onnx_lower
 from sparsefx.ir import bits
 from sparsefx.ir.errors import ExportError, WeightError
 from sparsefx.ir.format import Format
-from sparsefx.models.torchvision import usable_torchvision
 from sparsefx.runtime import export
 from sparsefx.runtime.export import ExportReport, export_onnx
 from sparsefx.runtime.gate_probe import Probe
@@ -189,7 +188,6 @@ def pack_linears(model: nn.Module, formats: list[str]) -> nn.Module:
 
 
 def llama() -> Any:
-    usable_torchvision()
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -200,7 +198,6 @@ def llama() -> Any:
 
 
 def bert() -> Any:
-    usable_torchvision()
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(
