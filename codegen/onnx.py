@@ -163,7 +163,7 @@ class _Lowerer:
         writer = Writer(name)
         double = x.dtype == writer.types.DOUBLE
         row, why = choose(Problem(packed.format, packed.n, k, double))
-        stored, first = self._stored(row, packed, name)
+        stored, first = self._stored(row, packed, name, rest[:count])
         # Half-precision products run in float32, as ONNX Runtime has no CPU kernels for bfloat16
         # and emulates float16; the weight is then not rounded to half precision either.
         compute = writer.types.DOUBLE if double else writer.types.FLOAT
@@ -193,7 +193,7 @@ class _Lowerer:
         packed, name = self._packed(node, node.inputs, n, k)
         writer = Writer(name)
         row, _ = choose(Problem(packed.format, n, k), dense=True)
-        stored, first = self._stored(row, packed, name)
+        stored, first = self._stored(row, packed, name, node.inputs)
         to = writer.types(node.attributes["to"].as_int())
         y = writer.op("Transpose", writer.cast(stored.inputs[0], to), perm=[1, 0])
         y.dtype = to
@@ -210,9 +210,12 @@ class _Lowerer:
         packed = Packed(fmt, n, k, tuple(self.tensors[name].detach().cpu() for name in names))
         return packed, names[0].rpartition(".")[0]
 
-    def _stored(self, row: Lowering, packed: Packed, name: str) -> tuple[Stored, Sequence[ir.Node]]:
+    def _stored(
+        self, row: Lowering, packed: Packed, name: str, values: Sequence[Any]
+    ) -> tuple[Stored, Sequence[ir.Node]]:
         """The weight in the graph, and the nodes to insert when it is new there."""
-        places = tuple((b.data_ptr(), b.numel(), b.dtype) for b in packed.buffers)
+        # Addresses of the model's own tensors: those of copies from a GPU may be used again.
+        places = (self.tensors[value.name].data_ptr() for value in values)
         key = (row.op, str(packed.format), packed.n, packed.k, *places)
         if key in self.written:
             return self.written[key], ()

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,7 @@ from sparsefx.runtime.restore import restore, state_of, transient_names
 if sys.platform != "win32":
     import fcntl
 
+M = TypeVar("M", bound=nn.Module)
 SCRATCH = ".sparsefx-"
 RENAME = "rename the module or change what it holds"
 _STORABLE = {
@@ -93,7 +94,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(folder: str | os.PathLike[str], model: M) -> M:
     """Turn `model`, a dense instance of the saved architecture, into the saved one; returns it.
 
     It may be on the meta device. Raises ArtifactError, the model untouched, unless the folder is

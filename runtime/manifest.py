@@ -102,7 +102,7 @@ Entry = Linear | Conv1x1 | Parameter
 class Manifest(Record):
     """The whole of `manifest.json`."""
 
-    format_version: Literal[1] = VERSION
+    format_version: Literal[1] = 1
     sparsefx: Annotated[str, Field(max_length=100)]
     model: Annotated[str, Field(max_length=200)]
     """The model's class; for people, never looked up."""

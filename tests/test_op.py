@@ -7,12 +7,13 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from sparsefx.codegen.kernels import KERNELS, Kernel, Problem, choose
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import LAYOUTS
 from sparsefx.ir.op import quantize_rows, reference, round_activations
-from torch import Tensor
-from torch.nn import functional as F
 
 torch.set_num_threads(1)
 
@@ -27,7 +28,9 @@ SHAPES = [(1, 1, 4), (1, 16, 64), (3, 17, 36), (5, 1, 8), (16, 31, 124), (2, 64,
 Run = Callable[[Tensor, Packed, Tensor | None, Sequence[Tensor]], Tensor]
 
 
-def made(text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Packed]:
+def made(
+    text: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Packed]:
     """Seeded activations (m, k) and a packed (n, k) weight."""
     generator = torch.Generator().manual_seed(n * 1000 + k)
     weight = torch.randn(n, k, generator=generator)
@@ -48,7 +51,9 @@ def accepting(packed: Packed, x: Tensor) -> list[Kernel]:
     ]
 
 
-def check(run: Run, x: Tensor, packed: Packed, bias: Tensor | None = None, branch: Sequence[Tensor] = ()) -> None:
+def check(
+    run: Run, x: Tensor, packed: Packed, bias: Tensor | None = None, branch: Sequence[Tensor] = ()
+) -> None:
     """Fail unless `run` is within the derived bound of the exact product.
 
     Main product: u|r| for the last rounding + 2√K·2⁻²⁴(|x||w|ᵀ) for the sum in float32; with int8
@@ -72,7 +77,9 @@ def check(run: Run, x: Tensor, packed: Packed, bias: Tensor | None = None, branc
         limit = limit + u * exact.abs()
         exact = exact + ((x.double() @ down.T) * scale) @ up.T
         depth = 2 * (packed.k**0.5 + len(down) ** 0.5) * 2.0**-24
-        limit = limit + (4 * u + depth) * (((x.double().abs() @ down.abs().T) * scale.abs()) @ up.abs().T)
+        limit = limit + (4 * u + depth) * (
+            ((x.double().abs() @ down.abs().T) * scale.abs()) @ up.abs().T
+        )
     limit = limit + u * exact.abs() + FLOOR[x.dtype]
     assert got.shape == (*x.shape[:-1], packed.n)
     assert got.dtype == x.dtype
@@ -108,12 +115,18 @@ def test_primes(text: str) -> None:
 
 @pytest.mark.parametrize("text", FORMATS)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(0, 4, 8), (0, 0, 8), (3, 0, 8), (3, 4, 0), (0, 4, 0), (1, 0, 0), (1, 1, 4), (2, 1, 8)]
+    ("m", "n", "k"),
+    [(0, 4, 8), (0, 0, 8), (3, 0, 8), (3, 4, 0), (0, 4, 0), (1, 0, 0), (1, 1, 4), (2, 1, 8)],
 )
 def test_empty_and_single_sides(text: str, m: int, n: int, k: int) -> None:
     x, packed = made(text, m, n, k)
     bias = torch.randn(n)
-    check(lambda *args: torch.ops.sparsefx.linear(x, list(args[1].buffers), bias, [], text, n), x, packed, bias)
+    check(
+        lambda *args: torch.ops.sparsefx.linear(x, list(args[1].buffers), bias, [], text, n),
+        x,
+        packed,
+        bias,
+    )
     for kernel in accepting(packed, x):
         check(kernel.run, x, packed, bias)
 
@@ -134,7 +147,12 @@ def test_any_rank_of_input(text: str, lead: tuple[int, ...]) -> None:
 def test_strided_offset_and_expanded_inputs(text: str) -> None:
     _, packed = made(text, 1, 6, 16)
     whole = torch.randn(8, 40)
-    for x in (whole[::2, 3:35:2], whole[1:, 4:20], whole.T[:16].T, torch.randn(1, 16).expand(4, 16)):
+    for x in (
+        whole[::2, 3:35:2],
+        whole[1:, 4:20],
+        whole.T[:16].T,
+        torch.randn(1, 16).expand(4, 16),
+    ):
         assert x.shape[-1] == 16
         got = torch.ops.sparsefx.linear(x, list(packed.buffers), None, [], text, 6)
         want = torch.ops.sparsefx.linear(x.contiguous(), list(packed.buffers), None, [], text, 6)
@@ -241,7 +259,9 @@ def drop_tail(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[T
 MUTANTS: dict[str, Run] = {
     "scale of the next row": only("scales", lambda s: s.roll(1, 0)),
     "scale of the next group": only("scales", lambda s: s.roll(1, 1)),
-    "scale one step of fp16 off": only("scales", lambda s: (s.view(torch.int16) + 4).view(torch.float16)),
+    "scale one step of fp16 off": only(
+        "scales", lambda s: (s.view(torch.int16) + 4).view(torch.float16)
+    ),
     "swapped nibbles": only("values", swap_nibbles),
     "values one byte on": only("values", lambda v: v.roll(1)),
     "one wrong code": only("values", lambda v: torch.cat([v[:1] ^ 8, v[1:]])),
@@ -274,7 +294,9 @@ def test_a_broken_index_is_noticed() -> None:
 # --- what PyTorch expects of an op ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["int8+a8", "tile16x1@50%+int4g16", "2:4+uint4g16", "bitmap@50%", "dense"])
+@pytest.mark.parametrize(
+    "text", ["int8+a8", "tile16x1@50%+int4g16", "2:4+uint4g16", "bitmap@50%", "dense"]
+)
 @pytest.mark.parametrize("full", [False, True])
 def test_opcheck(text: str, full: bool) -> None:
     x, packed = made(text, 3, 6, 16)
@@ -318,7 +340,9 @@ def test_gradients_have_their_tensors_dtype(dtype: torch.dtype) -> None:
     for tensor in branch:
         tensor.requires_grad_()
     torch.ops.sparsefx.linear(x, list(packed.buffers), bias, branch, "int4g16", 6).sum().backward()
-    assert [t.grad.dtype for t in (x, bias, *branch) if t.grad is not None] == [dtype] + [torch.float32] * 4
+    assert [t.grad.dtype for t in (x, bias, *branch) if t.grad is not None] == [dtype] + [
+        torch.float32
+    ] * 4
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
@@ -341,7 +365,9 @@ def test_rounding_is_passed_through_in_the_backward() -> None:
 def test_results_are_deterministic_and_new() -> None:
     for text in FORMATS:
         x, packed = made(text, 4, 8, 16)
-        a, b = (torch.ops.sparsefx.linear(x, list(packed.buffers), None, [], text, 8) for _ in range(2))
+        a, b = (
+            torch.ops.sparsefx.linear(x, list(packed.buffers), None, [], text, 8) for _ in range(2)
+        )
         assert torch.equal(a, b)
         assert a.data_ptr() != b.data_ptr()
         w = torch.ops.sparsefx.unpack(list(packed.buffers), text, 8, 16, torch.float32)
