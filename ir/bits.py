@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,18 +36,34 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     return torch.stack(parts, dim=1).reshape(-1)[:size]
 
 
-def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
-    """uint8 codes of shape (count,); the inverse of `pack_bits`."""
+def unpack_bits(stream: Tensor, bits: int, count: int, signed: bool = False) -> Tensor:
+    """Codes of shape (count,), uint8 or (two's complement) int8; the inverse of `pack_bits`."""
+    dtype = torch.int8 if signed else torch.uint8
     if bits == 8:
-        return stream[:count]
-    mask = (1 << bits) - 1
+        return stream.view(dtype)[:count]
     if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
-        return ((stream[:, None] >> shifts) & mask).reshape(-1)[:count]
+        table = _table(bits, signed).to(stream.device)
+        return table.index_select(0, stream.int()).view(dtype)[:count]
     groups = -(-count // 8)
     raw = F.pad(stream, (0, groups * bits - stream.numel())).view(groups, bits).to(torch.int64)
     word = torch.zeros(groups, dtype=torch.int64, device=stream.device)
     for i in range(bits):
         word |= raw[:, i] << (8 * i)
-    shifts64 = torch.arange(0, 8 * bits, bits, dtype=torch.int64, device=stream.device)
-    return ((word[:, None] >> shifts64) & mask).to(torch.uint8).reshape(-1)[:count]
+    codes = torch.empty(groups, 8, dtype=dtype, device=stream.device)
+    for i in range(8):
+        codes[:, i] = (word << (64 - bits * (i + 1))) >> (64 - bits)
+    if not signed:
+        codes &= (1 << bits) - 1
+    return codes.view(-1)[:count]
+
+
+@lru_cache
+def _table(bits: int, signed: bool) -> Tensor:
+    """The codes of each of the 256 bytes, side by side in one integer per byte."""
+    shifts = torch.arange(0, 8, bits)
+    codes = (torch.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)
+    if signed:
+        sign = 1 << (bits - 1)
+        codes = (codes ^ sign) - sign
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[8 // bits]
+    return codes.to(torch.int8).view(word).flatten()

@@ -97,17 +97,24 @@ class Packed:
         """The dense (N, K) weight that this stands for, rounded once to `dtype`."""
         fmt, split = self.format, len(self.format.layout.buffers)
         mask = fmt.layout.mask(self.buffers[:split], self.n, self.k)
-        count = self.n * self.k if mask is None else int(mask.sum())
+        count = self.n * self.k if mask is None else int(mask.count_nonzero())
         codes, grid = fmt.codec.read(self.buffers[split:], count, self.n, self.k)
-        wide = grid.columns(0, self.k, fmt.codec.group(self.k))
         if mask is None:
-            return fmt.codec.decode(codes.view(self.n, self.k), wide).to(dtype)
+            return self._decode(codes.view(self.n, self.k), grid).to(dtype)
         full = torch.zeros(self.n, self.k, dtype=codes.dtype, device=codes.device)
-        full[mask] = codes
-        values = fmt.codec.decode(full, wide)
-        if wide.zero_points is not None:
-            values = torch.where(mask, values, 0)
+        values = self._decode(full.masked_scatter_(mask, codes), grid)
+        if grid.zero_points is not None:
+            values.mul_(mask).add_(0.0)
         return values.to(dtype)
+
+    def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """Values of (N, K) codes, one group at a time along a broadcast axis where groups are even."""
+        group = self.format.codec.group(self.k)
+        if grid.scales is None or self.k % group or not codes.numel():
+            return self.format.codec.decode(codes, grid.columns(0, self.k, group))
+        per_group = Grid(*(t if t is None else t[..., None] for t in (grid.scales, grid.zero_points)))
+        shape = (self.n, self.k // group, group)
+        return self.format.codec.decode(codes.view(shape), per_group).view(self.n, self.k)
 
     @property
     def stored_bytes(self) -> int:

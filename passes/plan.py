@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsefx.ir.errors import SpecError, WeightError
 from sparsefx.ir.format import Format
 from sparsefx.ir.sites import Site
+from sparsefx.passes.replaceable import reads_weight
 from sparsefx.passes.spec import Spec, check_patterns
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,7 +34,7 @@ def plan(model: nn.Module, sites: Sequence[Site], spec: Spec) -> list[Choice]:
     """One Choice per Site, in call order. Raises SpecError or WeightError listing every bad layer."""
     classes = {site.name: owner_classes(model, site) for site in sites}
     check_patterns(spec, [(site.names, classes[site.name]) for site in sites])
-    choices = [_choose(site, spec, classes[site.name]) for site in sites]
+    choices = [_choose(model, site, spec, classes[site.name]) for site in sites]
     chosen = [(c, model.get_parameter(c.site.name)) for c in choices if not c.dense]
     if not sites:
         raise SpecError(f"{type(model).__name__} multiplies by no weight: there is nothing to shrink")
@@ -50,14 +51,16 @@ def owner_classes(model: nn.Module, site: Site) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _choose(site: Site, spec: Spec, classes: tuple[str, ...]) -> Choice:
+def _choose(model: nn.Module, site: Site, spec: Spec, classes: tuple[str, ...]) -> Choice:
     fmt, reason = spec.format_for(site.names, classes)
     if site.kind == "refused":
         return Choice(site, Format(), site.reason)
-    if site.kind == "opaque" and (fmt.rank or fmt.a8):
-        return Choice(site, Format(), f"{site.reason}: '+r…' and '+a8' need a product of our own")
     if fmt.is_dense:
         return Choice(site, fmt, reason or "the spec says dense")
+    if fmt.rank or fmt.a8:
+        why = next(filter(None, (reads_weight(model, n, site.transposed) for n in site.names)), "")
+        if why:
+            return Choice(site, Format(), f"{why}: '+r…' and '+a8' need a product of our own")
     return Choice(site, fmt, reason)
 
 

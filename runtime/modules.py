@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefx.codegen import kernels  # noqa: F401  (registers the kernel table with the op)
-from sparsefx.ir.errors import FrozenWeightError, StaleWeightError
+from sparsefx.ir.errors import ArtifactError, FrozenWeightError, StaleWeightError
 from sparsefx.ir.format import Format, Packed
 
 EDIT = (
@@ -27,19 +28,34 @@ class ReadOnlyWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        owner = next((a for a in args if isinstance(a, ReadOnlyWeight)), None)
+        kwargs = kwargs or {}
+        edited = [*args[:1], *(kwargs.get(key) for key in ("out", "tensor", "input"))]
+        owner = next((t for t in edited if isinstance(t, ReadOnlyWeight)), None)
         name = getattr(func, "__name__", "")
-        getter = getattr(func, "__self__", None)
-        attribute = getattr(getter, "__name__", "")
-        setting = name == "__set__" or name == "__setitem__"
-        if owner is not None and owner is args[0]:
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if owner is not None:
             if name == "requires_grad_" or (name == "__set__" and attribute == "requires_grad"):
                 raise FrozenWeightError(owner._message + "; train a branch ('+r16') or the bias")
+            setting = name in ("__set__", "__setitem__") or kwargs.get("out") is owner
             in_place = name.endswith("_") and not name.endswith("__")
             if setting or in_place or (name == "__get__" and attribute == "data"):
                 raise StaleWeightError(owner._message)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **kwargs)
+            return out if owner is None else _guard_views(out, owner)
+
+
+def _guard_views(out: Any, owner: ReadOnlyWeight) -> Any:
+    """`out`, guarded like `owner` where it shares its memory: an edit there would be lost too."""
+    if type(out) in (tuple, list):
+        return type(out)(_guard_views(o, owner) for o in out)
+    if not isinstance(out, Tensor):
+        return out
+    if out.untyped_storage().data_ptr() != owner.untyped_storage().data_ptr():
+        return out
+    view = out.as_subclass(ReadOnlyWeight)
+    view._message = owner._message
+    return view
 
 
 class PackedWeight(nn.Module):
@@ -80,10 +96,10 @@ class PackedWeight(nn.Module):
         guarded._message = EDIT.format(name=self.name or "this weight", format=self.format)
         return guarded
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise StaleWeightError(EDIT.format(name=self.name or "this weight", format=self.format))
-        super().register_parameter(name, param)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         """Devices move every buffer; float casts change what is computed, never what is stored."""
@@ -194,8 +210,27 @@ def unpack_on_read(owner: nn.Module, attribute: str, parameter: SparseParameter)
     def read(self: nn.Module) -> Tensor:
         return self.get_submodule(key).read()  # type: ignore[operator, no-any-return]
 
-    def refuse(self: nn.Module, value: Any) -> None:
-        raise StaleWeightError(EDIT.format(name=parameter.name, format=parameter.format))
-
     base = type(owner)
-    owner.__class__ = type(base.__name__, (base,), {attribute: property(read, refuse)})
+
+    def assign(self: nn.Module, name: str, value: Any) -> None:
+        if name == attribute:
+            raise StaleWeightError(EDIT.format(name=parameter.name, format=parameter.format))
+        base.__setattr__(self, name, value)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        raise ArtifactError(
+            f"{base.__name__} holds the packed {parameter.name} and cannot be pickled; "
+            "use sparsefx.save and sparsefx.load"
+        )
+
+    def copy_deeply(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    members = {
+        attribute: property(read), "__setattr__": assign, "__reduce_ex__": reduce,
+        "__deepcopy__": copy_deeply,
+    }  # fmt: skip
+    owner.__class__ = type(base.__name__, (base,), members)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparsefx.ir.errors import ArtifactError, SparsefxError
 from sparsefx.ir.format import Format, Packed
-from sparsefx.runtime.install import plain_conv1x1, set_module, split_name
+from sparsefx.passes.replaceable import plain_conv1x1
+from sparsefx.runtime.install import set_module, split_name
 from sparsefx.runtime.manifest import Conv1x1, Entry, Linear, Manifest, Parameter
 from sparsefx.runtime.modules import (
     PackedWeight,

@@ -131,7 +131,8 @@ def slow_unpack(packed: Packed) -> Array:
         if fmt.codec.symmetric and code >= 1 << (width - 1):
             code -= 1 << width
         group = i * groups + j // size
-        out[i, j] = np.float32(code - zeros[group]) * np.float32(rest[0][group])
+        value = np.float32(code - zeros[group]) * np.float32(rest[0][group])
+        out[i, j] = value + np.float32(0)  # a zero is +0 whatever the scale's sign
     return out
 
 

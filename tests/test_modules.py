@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsefx.ir.format import Format
-from sparsefx.runtime.install import install, packed_modules, plain_conv1x1, plain_linear
+from sparsefx.passes.replaceable import plain_conv1x1, plain_linear
+from sparsefx.runtime.install import install, packed_modules
 from sparsefx.runtime.modules import SparseConv1x1, SparseLinear
 
 torch.set_num_threads(1)

@@ -130,7 +130,8 @@ class Int(Codec):
         assert grid.scales is not None
         if grid.zero_points is not None:
             codes = codes - grid.zero_points
-        return codes * grid.scales
+        # 0 times a negative scale is −0; adding 0 makes it the 0 that is meant.
+        return (codes * grid.scales).add_(0.0)
 
     def write(self, codes: Tensor, grid: Grid) -> tuple[Tensor, ...]:
         assert grid.scales is not None
@@ -141,15 +142,13 @@ class Int(Codec):
         return (*out, pack_bits(grid.zero_points.to(torch.uint8), self.bits))
 
     def read(self, buffers: tuple[Tensor, ...], count: int, n: int, k: int) -> tuple[Tensor, Grid]:
-        codes = unpack_bits(buffers[0], self.bits, count)
+        codes = unpack_bits(buffers[0], self.bits, count, self.symmetric)
         shape = (n, self.groups(k))
         scales = buffers[1].float().view(shape)
-        if not self.symmetric:
-            zeros = unpack_bits(buffers[2], self.bits, shape[0] * shape[1]).float().view(shape)
-            return codes.float(), Grid(scales, zeros)
-        sign = 1 << (self.bits - 1)
-        signed = (codes ^ sign).view(torch.uint8).to(torch.int16) - sign
-        return signed.float(), Grid(scales)
+        if self.symmetric:
+            return codes, Grid(scales)
+        zeros = unpack_bits(buffers[2], self.bits, shape[0] * shape[1]).float().view(shape)
+        return codes, Grid(scales, zeros)
 
     def value_bits(self, n: int, k: int, count: int, itemsize: int) -> int:
         grid = n * self.groups(k) * 8 * SCALE.itemsize

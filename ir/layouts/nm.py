@@ -75,7 +75,7 @@ class NM(Layout):
 
     def mask(self, index: tuple[Tensor, ...], n: int, k: int) -> Tensor | None:
         if self.as_mask:
-            return unpack_bits(index[0], 1, n * k).bool().view(n, k)
+            return unpack_bits(index[0], 1, n * k).view(torch.bool).view(n, k)
         runs = n * k // self.m
         where = unpack_bits(index[0], self.position_bits, runs * self.n).view(runs, self.n)
         keep = torch.zeros(runs, self.m, dtype=torch.bool, device=index[0].device)

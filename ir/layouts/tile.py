@@ -85,7 +85,7 @@ class Tile(Layout):
 
     def mask(self, index: tuple[Tensor, ...], n: int, k: int) -> Tensor | None:
         tile_rows, tile_cols = self._cells(n, k)
-        cells = unpack_bits(index[0], 1, tile_rows * tile_cols).bool()
+        cells = unpack_bits(index[0], 1, tile_rows * tile_cols).view(torch.bool)
         return self._expand(cells.view(tile_rows, tile_cols), n, k)
 
     def index_bits(self, n: int, k: int) -> int:
