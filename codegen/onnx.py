@@ -72,11 +72,38 @@ def to_onnx(
             dynamic_shapes=[dict(axes) for axes in axis_names],
             custom_translation_table=_translations(),
             verbose=False,
+            optimize=False,
         )
     assert exported is not None
     model = exported.model
     model.ir_version = IR_VERSION
+    _tidy(model)
     return model, lower(model, {**program.state_dict, **program.constants})
+
+
+def _tidy(model: ir.Model) -> None:
+    """Fold constants, share what is equal, drop what is unused.
+
+    torch.onnx's own `optimize` also tries rewrite rules whose matching walks the whole graph for
+    every node (minutes for 30 layers); ONNX Runtime does those rewrites when it loads.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as common
+    from onnxscript.optimizer import fold_constants_ir
+
+    common.InlinePass()(model)
+    fold_constants_ir(model, onnx_shape_inference=True)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
