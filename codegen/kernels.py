@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A row of the table; `device` "*" serves every device."""
+    """A row of the table: a Layout and a Codec class; `device` "*" serves every device."""
 
     name: str
-    layout: type[Layout]
-    codec: type[Codec]
+    layout: type[Any]
+    codec: type[Any]
     device: str
     run: Callable[[Tensor, Packed, Tensor | None, Sequence[Tensor]], Tensor]
     rejects: Callable[[Format, Problem], str | None] = lambda fmt, problem: None
@@ -62,9 +63,7 @@ def _int8_rejects(fmt: Format, problem: Problem) -> str | None:
     return None
 
 
-def _int8_run(
-    x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor]
-) -> Tensor:
+def _int8_run(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor]) -> Tensor:
     """Exact int32 products of int8 codes (oneDNN), then one scale per row and column."""
     values, scales = packed.buffers
     codes, row_scales = quantize_rows(x.reshape(-1, packed.k))

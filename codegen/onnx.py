@@ -88,14 +88,14 @@ def _tidy(model: ir.Model) -> None:
     every node (minutes for 30 layers); ONNX Runtime does those rewrites when it loads.
     """
     import onnx_ir as ir
-    import onnx_ir.passes.common as common
+    from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir
 
     common.InlinePass()(model)
     fold_constants_ir(model, onnx_shape_inference=True)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),

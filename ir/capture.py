@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsefx.ir.errors import CaptureError
+from sparsefx.ir.products import uses
 from sparsefx.ir.sites import Capture, Traced, find_sites
+from sparsefx.ir.watch import Watch
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -76,18 +78,30 @@ def _dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return run
 
     run = torch.compile(model, backend=keep)
-    with torch.no_grad(), warnings.catch_warnings():
+    limits = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
+    with torch.no_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(limits):
         warnings.simplefilter("ignore")
         run(*args, **kwargs)
-    if not graphs:
-        raise CaptureError("dynamo traced no graph")
-    return graphs
+    return [*graphs, _untraced(model, args, kwargs, graphs)]
+
+
+def _untraced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[Traced]
+) -> Traced:
+    """What frames that dynamo skipped (a break inside a loop) do with weights, by watching a run."""
+    seen = {id(t.weights[use.weight]) for t in graphs for use in uses(t.graph, t.weights)}
+    with torch.no_grad(), Watch(model) as watch:
+        model(*args, **kwargs)
+    left = {node: w for node, w in watch.weights.items() if id(w) not in seen}
+    return Traced(watch.graph, left)
 
 
 def placeholder_weights(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
     """Nodes of a dynamo graph that stand for parameters: lifted placeholders or attributes."""
     holders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    out = {n: t for n, t in zip(holders, inputs, strict=False) if isinstance(t, nn.Parameter)}
+    out: dict[fx.Node, Tensor] = {
+        n: t for n, t in zip(holders, inputs, strict=False) if isinstance(t, nn.Parameter)
+    }
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,9 @@ class Packed:
         group = self.format.codec.group(self.k)
         if grid.scales is None or self.k % group or not codes.numel():
             return self.format.codec.decode(codes, grid.columns(0, self.k, group))
-        per_group = Grid(*(t if t is None else t[..., None] for t in (grid.scales, grid.zero_points)))
+        per_group = Grid(
+            *(t if t is None else t[..., None] for t in (grid.scales, grid.zero_points))
+        )
         shape = (self.n, self.k // group, group)
         return self.format.codec.decode(codes.view(shape), per_group).view(self.n, self.k)
 
@@ -128,7 +131,8 @@ class Packed:
 def vocabulary() -> list[str]:
     """One example of every kind of token."""
     extra = ["tile1x16@50%", "int8", "uint4g128", "fp16", "fp32", "int3g128", "int2g64"]
-    return [c.example for c in (*LAYOUTS, *CODECS)] + extra + ["r32", "a8"]
+    examples = [c.example for c in LAYOUTS] + [c.example for c in CODECS]
+    return examples + extra + ["r32", "a8"]
 
 
 @lru_cache(maxsize=4096)
@@ -139,13 +143,15 @@ def _parse(text: str) -> Format:
     for token in text.replace(" ", "").split("+"):
         part, value = _token(token, text)
         if part <= seen:
-            raise SpecError(f"format '{text}': '{token}' is repeated or out of order; write {ORDER}")
+            raise SpecError(
+                f"format '{text}': '{token}' is repeated or out of order; write {ORDER}"
+            )
         seen = part
         fmt = replace(fmt, **value)
     return fmt
 
 
-def _token(token: str, text: str) -> tuple[int, dict[str, Layout | Codec | int | bool]]:
+def _token(token: str, text: str) -> tuple[int, dict[str, Any]]:
     """Rank of the token's part in `ORDER`, and the field it sets."""
     for layout in LAYOUTS:
         if (found := layout.parse(token)) is not None:

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from sparsefx.ir.format import Format, Packed
 
-LIBRARY = torch.library.Library("sparsefx", "DEF")
+LIBRARY: Any = torch.library.Library("sparsefx", "DEF")  # type: ignore[no-untyped-call]
 TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define(
     "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor[] branch, str format, SymInt n) -> Tensor",
     tags=TAGS,
 )
-LIBRARY.define("unpack(Tensor[] weight, str format, int n, int k, ScalarType dtype) -> Tensor", tags=TAGS)
+LIBRARY.define(
+    "unpack(Tensor[] weight, str format, int n, int k, ScalarType dtype) -> Tensor", tags=TAGS
+)
 
 Runner = Callable[[Tensor, Packed, Tensor | None, Sequence[Tensor]], Tensor]
 
@@ -139,3 +141,6 @@ for _device in ("cpu", "cuda"):
 torch.library.register_fake("sparsefx::linear", _linear_fake, lib=LIBRARY)
 torch.library.register_fake("sparsefx::unpack", _unpack_fake, lib=LIBRARY)
 torch.library.register_autograd("sparsefx::linear", _backward, setup_context=_save, lib=LIBRARY)
+
+LINEAR = torch.ops.sparsefx.linear.default
+UNPACK = torch.ops.sparsefx.unpack.default

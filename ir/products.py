@@ -78,7 +78,16 @@ VIEWS = {
     "split_with_sizes", "unbind", "getitem", "wait_tensor", "requires_grad_", "cpu", "cuda",
     "broadcast_to", "index_select", "_assert_tensor_metadata",
 }  # fmt: skip
-KEEPS_SHAPE = {"alias", "clone", "contiguous", "detach", "to", "_to_copy", "lift_fresh_copy", "float"}
+KEEPS_SHAPE = {
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "to",
+    "_to_copy",
+    "lift_fresh_copy",
+    "float",
+}
 READS_SHAPE = {"size", "sym_size", "dim", "numel", "is_floating_point", "shape", "dtype", "device"}
 
 
@@ -158,7 +167,7 @@ def _swaps(node: Node) -> bool:
     dims = [a for a in node.args[1:] if isinstance(a, int)]
     if op_name(node) == "permute":
         order = node.args[1] if isinstance(node.args[1], (list, tuple)) else dims
-        return [int(d) % 2 for d in order] == [1, 0]  # type: ignore[arg-type, union-attr]
+        return [int(d) % 2 for d in order] == [1, 0]  # type: ignore[arg-type]
     return len(dims) < 2 or dims[0] % 2 != dims[1] % 2
 
 
@@ -172,7 +181,9 @@ def _classify(
     if operand.role == "conv":
         return use(*_convolution(node, tensor))
     if operand.role == "conv_transposed":
-        return use("refused", "transposed convolution: not a product with the weight as it is stored")
+        return use(
+            "refused", "transposed convolution: not a product with the weight as it is stored"
+        )
     if operand.role == "rnn":
         return use("refused", f"recurrent weight inside {name}: the op takes dense weights only")
     if tensor.dim() > 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
 from typing import Any
 
 from torch import Tensor, nn
@@ -160,6 +159,8 @@ def _unreached(
         weight = getattr(module, "weight", None)
         linear = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if linear and isinstance(weight, nn.Parameter) and known.isdisjoint(names[id(weight)]):
-            reason = "no graph reaches it: the example inputs do not use it, or it could not be traced"
+            reason = (
+                "no graph reaches it: the example inputs do not use it, or it could not be traced"
+            )
             out[id(weight)] = Site(names[id(weight)], tuple(weight.shape), "refused", reason=reason)
     return list(out.values())

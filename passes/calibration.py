@@ -146,7 +146,9 @@ class Call:
     def same(self, other: Call) -> bool:
         """Whether both calls got the very same objects."""
         mine, theirs = ([*c.args, *c.kwargs.items()] for c in (self, other))
-        return len(mine) == len(theirs) and all(_same(a, b) for a, b in zip(mine, theirs, strict=True))
+        return len(mine) == len(theirs) and all(
+            _same(a, b) for a, b in zip(mine, theirs, strict=True)
+        )
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -230,7 +232,8 @@ def _replay(model: nn.Module, blocks: Blocks, data: list[Any], compress: Compres
 def _measure(
     model: nn.Module, sites: Sequence[Site], run: Callable[[], Iterator[None]]
 ) -> dict[str, Hessian]:
-    with Collector({s.name: (s, model.get_parameter(s.name)) for s in sites}) as collector:
+    collector = Collector({s.name: (s, model.get_parameter(s.name)) for s in sites})
+    with collector:
         for _ in run():
             collector.forget_inputs()
     return collector.hessians

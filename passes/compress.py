@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +84,14 @@ def compress(
         done = [one(site, hessians.get(site.name)) for site in sites]
         for result in done:
             _write_back(model, result)
-        return lambda: [install(result) for result in done] and None
+        return partial(_install_all, install, done)
 
     stream(model, sites, batches, part)
+
+
+def _install_all(install: Install, results: Sequence[Result]) -> None:
+    for result in results:
+        install(result)
 
 
 def compress_site(

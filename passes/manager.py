@@ -52,7 +52,10 @@ def run_passes(traced: Traced, passes: Sequence[Pass]) -> Traced:
         changed = current.run(traced)
         _demand("after", current, (legal, *current.ensures), traced)
         if show in ("all", current.name) or (show == "changed" and changed):
-            print(f"# after {current.name}, changed={changed}\n{text(traced.graph)}\n", file=sys.stderr)
+            print(
+                f"# after {current.name}, changed={changed}\n{text(traced.graph)}\n",
+                file=sys.stderr,
+            )
     return traced
 
 

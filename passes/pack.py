@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.fx import Graph, Node
 
 from sparsefx.ir.format import Packed
+from sparsefx.ir.op import LINEAR
 from sparsefx.ir.products import Use, argument, uses
 from sparsefx.ir.sites import Traced
 from sparsefx.passes.compress import Result, compress_site
@@ -64,7 +65,7 @@ def _replace(
         if use.kind == "conv1x1":
             x = _channels_last(graph, x, argument(use.node, 3, "stride"))
         new: Node = graph.call_function(
-            torch.ops.sparsefx.linear.default,
+            LINEAR,
             (x, buffers, bias, branch, str(packed.format), packed.n),
         )
         if use.kind == "conv1x1":

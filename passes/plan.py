@@ -37,7 +37,9 @@ def plan(model: nn.Module, sites: Sequence[Site], spec: Spec) -> list[Choice]:
     choices = [_choose(model, site, spec, classes[site.name]) for site in sites]
     chosen = [(c, model.get_parameter(c.site.name)) for c in choices if not c.dense]
     if not sites:
-        raise SpecError(f"{type(model).__name__} multiplies by no weight: there is nothing to shrink")
+        raise SpecError(
+            f"{type(model).__name__} multiplies by no weight: there is nothing to shrink"
+        )
     check(chosen)
     return choices
 
@@ -80,7 +82,9 @@ def _reject(choice: Choice, weight: Tensor) -> str | None:
     if weight.is_meta:
         return "the weight is on the meta device and has no values; load the checkpoint first"
     if weight.is_complex():
-        return f"complex weight ({weight.dtype}); only real weights can be packed: add it to 'ignore'"
+        return (
+            f"complex weight ({weight.dtype}); only real weights can be packed: add it to 'ignore'"
+        )
     if not weight.is_floating_point():
         return f"{weight.dtype} weight: already quantised or not a weight; add it to 'ignore'"
     if weight.dtype not in DTYPES:

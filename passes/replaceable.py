@@ -49,11 +49,12 @@ def plain_linear(module: nn.Module, transposed: bool) -> bool:
 def plain_conv1x1(module: nn.Module) -> bool:
     """Whether `module` is a 1×1 convolution that is a plain product over channels."""
     return (
-        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         and not has_hooks(module)
-        and all(side == 1 for side in module.kernel_size)  # type: ignore[union-attr]
+        and all(side == 1 for side in module.kernel_size)
         and module.groups == 1
-        and module.padding in ((0,) * len(module.stride), "valid")  # type: ignore[arg-type]
+        and module.padding in ((0,) * len(module.stride), "valid")
     )
 
 

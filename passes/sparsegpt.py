@@ -52,6 +52,7 @@ def inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             inverse = torch.cholesky_inverse(lower)
+            upper: Tensor
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(info) == 0:
                 return upper
@@ -78,7 +79,9 @@ def _sweep(fmt: Format, block: Tensor, kept: Tensor, inner: Tensor, grid: Grid) 
     Works on the transpose, where a column is contiguous: five times faster.
     """
     rows, keep = block.T.contiguous(), kept.T.contiguous()
-    scales, zeros = (None if t is None else t.T.contiguous() for t in (grid.scales, grid.zero_points))
+    scales, zeros = (
+        None if t is None else t.T.contiguous() for t in (grid.scales, grid.zero_points)
+    )
     errors = torch.empty_like(rows)
     diagonal = inner.diagonal().tolist()
     for j, row in enumerate(rows):

@@ -133,7 +133,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise SpecError(f"spec file {path} does not parse: {error}") from None
     if not isinstance(fields, dict):
-        raise SpecError(f"spec file {path} holds a {type(fields).__name__}, not fields like 'format:'")
+        raise SpecError(
+            f"spec file {path} holds a {type(fields).__name__}, not fields like 'format:'"
+        )
     return fields
 
 

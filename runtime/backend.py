@@ -36,7 +36,10 @@ OPTIONS = ("spec", "inner")
 
 
 def sparsefx(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any] | None = None, **other: Any
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Mapping[str, Any] | None = None,
+    **other: Any,
 ) -> Callable[..., Any]:
     """The dynamo backend. `options["spec"]` is anything `sparsify` takes, "int8" by default;
     `options["inner"]` compiles what is not ours, "inductor" by default.
@@ -70,7 +73,7 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     # knows, and AOTAutograd insists on a complete list or none.
     if hasattr(gm, "_param_name_to_source"):
         del gm._param_name_to_source
-    return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
+    return compile_fx(gm, list(inputs))  # type: ignore[return-value]
 
 
 def _choose(traced: Traced, spec: Spec) -> None:
@@ -168,9 +171,8 @@ def _guarded(run: Callable[..., Any], frozen: Mapping[str, Tensor]) -> Callable[
 def _refuse_training(names: list[str], weights: list[Tensor], outputs: Any) -> Any:
     values = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     where = [i for i, o in enumerate(values) if isinstance(o, Tensor) and o.is_floating_point()]
-    guarded = _NoWeightGradient.apply(names, len(weights), *weights, *(values[i] for i in where))
-    for i, tensor in zip(where, guarded, strict=True):  # type: ignore[no-untyped-call]
+    apply: Any = _NoWeightGradient.apply
+    guarded = apply(names, len(weights), *weights, *(values[i] for i in where))
+    for i, tensor in zip(where, guarded, strict=True):
         values[i] = tensor
     return type(outputs)(values) if isinstance(outputs, (tuple, list)) else values[0]
-
-

@@ -104,7 +104,7 @@ class PackedWeight(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PackedWeight:
         """Devices move every buffer; float casts change what is computed, never what is stored."""
         before = {key: b for key, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.dtype.is_floating_point:
             self.dtype = probe.dtype
@@ -116,7 +116,9 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         bits = self.packed.bits_per_weight
-        return f"in_features={self.k}, out_features={self.n}, format='{self.format}', bits={bits:.2f}"
+        return (
+            f"in_features={self.k}, out_features={self.n}, format='{self.format}', bits={bits:.2f}"
+        )
 
 
 class SparseLinear(PackedWeight):
@@ -125,6 +127,10 @@ class SparseLinear(PackedWeight):
     x is (…, K) of any rank from 1 and any float dtype; y is (…, N) in the dtype that a dense
     linear would return, autocast included. Gradients flow to x, bias and branch, not to W.
     """
+
+    down: Tensor
+    up: Tensor
+    branch_scale: Tensor
 
     def __init__(
         self,

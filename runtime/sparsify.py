@@ -101,7 +101,10 @@ def _already(model: nn.Module, spec: Spec) -> bool:
     for name, module in packed.items():
         names, classes = (module.name or name,), (type(module).__name__,)
         now = Format.parse(module.format)
-        want = next((Format.parse(f) for p, f in spec.overrides.items() if matches(p, names, classes)), wanted)
+        want = next(
+            (Format.parse(f) for p, f in spec.overrides.items() if matches(p, names, classes)),
+            wanted,
+        )
         if now != want or "scales" in now.buffers:
             raise WeightError(
                 f"{name} is already packed as '{now}'; a second '{want}' would compress the "

@@ -47,7 +47,9 @@ def test_no_weight_is_missed(name: str, record_property: Callable[[str, str], No
 def _compare(sites: list[Site], counted: dict[str, int], door: str) -> None:
     reached = {site.name for site in sites if site.calls}
     missed = sorted(set(counted) - {site.name for site in sites})
-    assert not missed, f"{door}: multiplied by at run time, but neither a Site nor refused: {missed}"
+    assert not missed, (
+        f"{door}: multiplied by at run time, but neither a Site nor refused: {missed}"
+    )
     extra = sorted(reached - set(counted))
     assert not extra, f"{door}: Sites that no product used: {extra}"
     for site in sites:

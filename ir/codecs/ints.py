@@ -80,7 +80,9 @@ class Int(Codec):
         best: Grid | None = None
         error = torch.full(blocks.shape[:2], torch.inf, device=weight.device)
         for grid in self._candidates(blocks):
-            wide = Grid(*(t if t is None else t[..., None] for t in (grid.scales, grid.zero_points)))
+            wide = Grid(
+                *(t if t is None else t[..., None] for t in (grid.scales, grid.zero_points))
+            )
             got = self.decode(self.encode(blocks, wide), wide)
             e = (got - blocks).square_().sum(-1)
             best = grid if best is None else _where(e < error, grid, best)

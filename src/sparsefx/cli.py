@@ -61,7 +61,9 @@ def export(
 
     compressed, inputs, shapes = _sparsify(model, spec, calibrate)
     report = sparsefx.export_onnx(compressed, out, inputs, shapes)
-    _print(f"wrote {report.path} ({report.bytes / 1e6:.1f} MB), {len(report.layers)} packed weights")
+    _print(
+        f"wrote {report.path} ({report.bytes / 1e6:.1f} MB), {len(report.layers)} packed weights"
+    )
     if worst := report.worst:
         _print(f"nearest to its limit: {worst}")
     for note in report.notes:
@@ -112,7 +114,9 @@ def _sparsify(model: str, spec: str, calibrate: int) -> tuple[Any, Any, Any]:
     else:
         batches, (dense, inputs), shapes = None, _load(model), None
         if calibrate:
-            raise SpecError(f"--calibrate needs a bundled model; call sparsefx.sparsify for {model}")
+            raise SpecError(
+                f"--calibrate needs a bundled model; call sparsefx.sparsify for {model}"
+            )
     done = sparsefx.sparsify(dense, spec, example_inputs=inputs, calibration=batches)
     return done, inputs, shapes
 
