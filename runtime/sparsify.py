@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -22,15 +22,17 @@ from sparsefx.runtime.install import install, packed_modules
 from sparsefx.runtime.progress import Progress
 from sparsefx.runtime.report import Report, Row, attach
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def sparsify(
-    model: nn.Module,
+    model: M,
     spec: str | Path | Mapping[str, Any] | Format | Spec,
     *,
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     progress: bool | None = None,
-) -> nn.Module:
+) -> M:
     """Compress `model` in place to `spec` and return it: same class, same signature, less memory.
 
     The dense weights are replaced as they are compressed, so no second copy of the model is ever

@@ -101,7 +101,9 @@ def test_a_sparsified_model_is_lowered_as_it_is(inner: str) -> None:
 def test_dynamic_shapes_compile_once(inner: str) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval()
     run = torch.compile(model, backend="sparsefx", options={"inner": inner}, dynamic=True)
-    reference = sparsefx.sparsify(nn.Sequential(*[*model]), "int8", example_inputs=torch.ones(2, 16))
+    reference = sparsefx.sparsify(
+        nn.Sequential(*[*model]), "int8", example_inputs=torch.ones(2, 16)
+    )
     with torch.no_grad():
         for batch in (3, 7, 64, 2):
             x = torch.randn(batch, 16)
@@ -128,7 +130,7 @@ def test_graph_breaks_do_not_mix_up_layers() -> None:
 
 
 def test_an_edited_weight_is_noticed() -> None:
-    model = nn.Sequential(nn.Linear(16, 8)).eval()
+    model: Any = nn.Sequential(nn.Linear(16, 8)).eval()
     run = compiled(model, inner="eager")
     x = torch.randn(2, 16)
     with torch.no_grad():
@@ -153,7 +155,9 @@ def test_training_says_so_or_is_right(inner: str) -> None:
     got, x.grad = x.grad, None
     bias, model[0].bias.grad = model[0].bias.grad, None
     model(x).square().sum().backward()
-    assert got is not None and x.grad is not None and bias is not None
+    assert got is not None
+    assert x.grad is not None
+    assert bias is not None
     torch.testing.assert_close(got, x.grad)
     torch.testing.assert_close(bias, model[0].bias.grad)
 
@@ -174,9 +178,10 @@ def test_inference_mode() -> None:
     ],
 )
 def test_wrong_options(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(Exception, match="BackendCompilerFailed|sparsefx") as error:
+    with pytest.raises(Exception, match=r"BackendCompilerFailed|sparsefx") as error:
         compiled(nn.Linear(4, 4), **options)(torch.ones(1, 4))
     cause: BaseException | None = error.value
     while cause is not None and not isinstance(cause, SpecError):
         cause = cause.__cause__ or getattr(cause, "inner_exception", None)
-    assert isinstance(cause, SpecError) and says in str(cause)
+    assert isinstance(cause, SpecError)
+    assert says in str(cause)

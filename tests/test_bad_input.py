@@ -25,31 +25,37 @@ from sparsefx.ir.format import Format
 from sparsefx.runtime.install import packed_modules
 
 
-def net(k: int = 30) -> nn.Module:
+def net(k: int = 30) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(k, 30), nn.ReLU(), nn.Linear(30, 16)).eval()
 
 
 def refused(model: nn.Module, spec: Any, x: Any = None, error: type = WeightError) -> str:
     """The message of the error that `sparsify` must raise without having touched the model."""
-    before = {k: v for k, v in model.state_dict().items()}
+    before = dict(model.state_dict().items())
     copies = {k: v.clone() for k, v in before.items() if not v.is_meta}
     with pytest.raises(error) as caught:
         sparsefx.sparsify(model, spec, example_inputs=x)
     assert isinstance(caught.value, SparsefxError)
     after = model.state_dict()
-    assert list(after) == list(before) and all(after[k] is not None for k in after)
-    assert all(torch.equal(after[k].view(-1), v.view(-1)) or v.isnan().any() for k, v in copies.items())
+    assert list(after) == list(before)
+    assert all(after[k] is not None for k in after)
+    assert all(
+        torch.equal(after[k].view(-1), v.view(-1)) or v.isnan().any() for k, v in copies.items()
+    )
     return str(caught.value)
 
 
 def test_row_07_k_not_divisible_by_m() -> None:
     message = refused(net(), "2:4+int8", torch.ones(1, 30))
-    assert "0.weight, 2.weight" in message and "K=30 is not a multiple of m=4" in message
+    assert "0.weight, 2.weight" in message
+    assert "K=30 is not a multiple of m=4" in message
     assert "use 'bitmap' or 'tile'" in message
 
 
-@pytest.mark.parametrize("spec", ["int4g16", "uint3g16", "bitmap@50%+int4g16", "tile4x8@50%+int8g64"])
+@pytest.mark.parametrize(
+    "spec", ["int4g16", "uint3g16", "bitmap@50%+int4g16", "tile4x8@50%+int8g64"]
+)
 def test_row_08_k_not_divisible_by_group_works_exactly(spec: str) -> None:
     """Better than the promised error: the last group is shorter, in every layout and codec."""
     model = sparsefx.sparsify(net(), spec, example_inputs=torch.ones(1, 30))
@@ -62,7 +68,9 @@ def test_row_08_k_not_divisible_by_group_works_exactly(spec: str) -> None:
 
 
 def test_row_09_a_filter_that_matches_nothing() -> None:
-    message = refused(net(), {"format": "int8", "ignore": ["lm_head"]}, torch.ones(1, 30), SpecError)
+    message = refused(
+        net(), {"format": "int8", "ignore": ["lm_head"]}, torch.ones(1, 30), SpecError
+    )
     assert "'lm_head' matches none of the 2 weights" in message
 
 
@@ -72,7 +80,8 @@ def test_rows_13_14_non_finite_weights(value: float, word: str) -> None:
     with torch.no_grad():
         model[2].weight[3, 5] = value
     message = refused(model, "int4g16", torch.ones(1, 30))
-    assert message.startswith("nothing was changed. 2.weight") and word in message
+    assert message.startswith("nothing was changed. 2.weight")
+    assert word in message
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,8 @@ def test_rows_18_19_21_dtypes(change: Callable[[nn.Module], nn.Module], says: st
     weight = next(model.parameters())
     x = torch.ones(1, 30, dtype=weight.dtype, device=weight.device)
     message = refused(model, "int8", x)
-    assert "0.weight" in message and says in message
+    assert "0.weight" in message
+    assert says in message
 
 
 def test_row_20_integer_weight() -> None:
@@ -102,13 +112,14 @@ def test_row_20_integer_weight() -> None:
             return x @ self.w.T
 
     message = refused(Integer(), "int8", torch.ones(2, 6, dtype=torch.int32))
-    assert "w: torch.int32 weight" in message and "'ignore'" in message
+    assert "w: torch.int32 weight" in message
+    assert "'ignore'" in message
 
 
 def test_row_23_quantised_twice() -> None:
     x = torch.ones(1, 30)
     model = sparsefx.sparsify(net(), "int8", example_inputs=x)
-    with pytest.raises(WeightError, match="already packed as 'int8'.*Load the dense model again"):
+    with pytest.raises(WeightError, match=r"already packed as 'int8'.*Load the dense model again"):
         sparsefx.sparsify(model, "int4g16", example_inputs=x)
 
 
@@ -137,7 +148,8 @@ def test_row_26_autograd() -> None:
         layer.weight.data = packed.packed.unpack()
     twin = x.detach().clone().requires_grad_()
     dense(twin).square().sum().backward()
-    assert x.grad is not None and twin.grad is not None
+    assert x.grad is not None
+    assert twin.grad is not None
     torch.testing.assert_close(x.grad, twin.grad)
     with pytest.raises(FrozenWeightError, match=r"0\.weight.*train a branch"):
         model[0].weight.requires_grad_()
@@ -160,7 +172,9 @@ def test_row_38_edits_after_compression_are_noticed(edit: Callable[[Any], Any]) 
         edit(model[0])
 
 
-@pytest.mark.parametrize("text", ["int8'; import os", "../int8", "int8\x00", "int4g128" * 40, "bf16 ; rm"])
+@pytest.mark.parametrize(
+    "text", ["int8'; import os", "../int8", "int8\x00", "int4g128" * 40, "bf16 ; rm"]
+)
 def test_row_53_format_text_is_a_closed_language(text: str) -> None:
     """What reaches a kernel is parsed into frozen values first; nothing else gets through."""
     with pytest.raises(SpecError):

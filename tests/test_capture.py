@@ -44,7 +44,8 @@ class Twice(nn.Module):
         self.fc = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.fc(x))
+        out: Tensor = self.fc(self.fc(x))
+        return out
 
 
 class Tied(nn.Module):
@@ -55,7 +56,8 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x.long().sum(-1) % 10))
+        out: Tensor = self.head(self.embed(x.long().sum(-1) % 10))
+        return out
 
 
 class Broken(nn.Module):
@@ -132,7 +134,8 @@ def test_packed_projections_of_attention() -> None:
 def test_dynamo_opens_where_export_does_not() -> None:
     captured = capture(Broken().eval(), X)
     assert captured.door == "dynamo"
-    assert captured.notes and captured.notes[0].startswith("export: ")
+    assert captured.notes
+    assert captured.notes[0].startswith("export: ")
     assert [s.name for s in captured.sites] == [f"layers.{i}.weight" for i in range(3)]
     assert all(s.calls == 1 for s in captured.sites)
 
@@ -154,4 +157,6 @@ def test_training_mode_survives() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout())
     model[1].eval()
     capture(model, X)
-    assert model.training and model[0].training and not model[1].training
+    assert model.training
+    assert model[0].training
+    assert not model[1].training

@@ -16,7 +16,7 @@ from sparsefx.cli import app
 RUN = CliRunner()
 
 
-def example() -> tuple[nn.Module, Tensor]:
+def example() -> tuple[nn.Sequential, Tensor]:
     """What `sparsefx … test_explain_cli:example` loads."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(32, 16), nn.Conv1d(4, 4, 3)), torch.ones(1, 4, 32)
@@ -27,11 +27,15 @@ def test_explain_tells_formats_kernels_and_reasons() -> None:
     found = sparsefx.explain(sparsefx.sparsify(model, "int8+a8", example_inputs=x))
     packed, dense = found.lines
     assert (packed.kernel, packed.row.format, packed.row.bits) == ("int8_matmul", "int8+a8", 8.5)
-    assert packed.row.sqnr_db is not None and packed.row.sqnr_db > 35
-    assert dense.kernel == "dense" and "kernel (3,)" in dense.row.reason
+    assert packed.row.sqnr_db is not None
+    assert packed.row.sqnr_db > 35
+    assert dense.kernel == "dense"
+    assert "kernel (3,)" in dense.row.reason
     data = json.loads(found.to_json())
-    assert data["lines"][0]["row"]["name"] == "0.weight" and data["peak_bytes"] > 0
-    assert "int8_matmul" in str(found) and "0.weight" in repr(found)
+    assert data["lines"][0]["row"]["name"] == "0.weight"
+    assert data["peak_bytes"] > 0
+    assert "int8_matmul" in str(found)
+    assert "0.weight" in repr(found)
 
 
 def test_explain_names_refused_kernels() -> None:
@@ -57,7 +61,8 @@ def test_explain_refuses_what_is_no_model() -> None:
 @pytest.mark.parametrize("command", ["compress", "export", "explain", "demo"])
 def test_help_shows_a_real_example(command: str) -> None:
     shown = RUN.invoke(app, [command, "--help"])
-    assert shown.exit_code == 0 and f"sparsefx {command}" in shown.output
+    assert shown.exit_code == 0
+    assert f"sparsefx {command}" in shown.output
 
 
 def test_compress_and_export_a_model_of_ones_own(tmp_path: Path) -> None:

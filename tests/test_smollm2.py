@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from sparsefx.models.smollm2 import load
 @pytest.mark.slow
 def test_generates_alike_and_exports_with_dynamic_shapes(tmp_path: Path) -> None:
     bundle = load()
-    model = sparsefx.sparsify(bundle.model, "int4g64", example_inputs=bundle.example_inputs)
+    model: Any = sparsefx.sparsify(bundle.model, "int4g64", example_inputs=bundle.example_inputs)
     report = sparsefx.export_onnx(
         model, tmp_path / "model.onnx", bundle.example_inputs, bundle.dynamic_shapes
     )

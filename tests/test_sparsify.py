@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sparsefx.runtime.install import packed_modules
 from sparsefx.runtime.modules import SparseConv1x1, SparseLinear, SparseParameter
 
 
-def llama(layers: int = 3) -> nn.Module:
+def llama(layers: int = 3) -> Any:
     import transformers
 
     torch.manual_seed(0)
@@ -52,10 +53,11 @@ def test_every_kind_of_owner() -> None:
         def forward(self, x: Tensor) -> Tensor:
             h = self.twin(self.fc(self.fc(x)))
             h = h + self.mha(h, h, h)[0]
-            return self.conv(h.view(-1, 4, 4, 16).permute(0, 3, 1, 2))
+            out: Tensor = self.conv(h.view(-1, 4, 4, 16).permute(0, 3, 1, 2))
+            return out
 
     torch.manual_seed(0)
-    model = Net().eval()
+    model: Any = Net().eval()
     x = torch.randn(2, 16, 16)
     dense = model(x)
     names = set(dict(model.named_modules()))
@@ -65,7 +67,9 @@ def test_every_kind_of_owner() -> None:
     assert type(model.fc) is SparseLinear
     assert type(model.conv) is SparseConv1x1
     assert isinstance(model.mha.in_proj_weight_packed, SparseParameter)
-    assert model.fc.values.data_ptr() == model.twin.values.data_ptr(), "tied weights stay tied"
+    assert model.fc.packed.buffers[0].data_ptr() == model.twin.packed.buffers[0].data_ptr(), (
+        "tied weights stay tied"
+    )
     assert names <= set(dict(model.named_modules()))
     rows = {line.row.name: line for line in sparsefx.explain(model).lines}
     assert rows["fc.weight"].row.calls == 3
@@ -106,7 +110,8 @@ def test_blocks_are_streamed_and_seen() -> None:
         Site((n,), tuple(p.shape), "linear") for n, p in model.named_parameters() if p.dim() == 2
     ]
     (blocks,) = find_blocks(model, sites)
-    assert blocks.name == "model.layers" and [len(s) for s in blocks.sites] == [7, 7, 7]
+    assert blocks.name == "model.layers"
+    assert [len(s) for s in blocks.sites] == [7, 7, 7]
 
 
 def test_shared_inputs_are_summed_once_and_exactly() -> None:
@@ -168,7 +173,8 @@ def test_threads_agree() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(got) == 8 and all(torch.equal(y, want) for y in got)
+    assert len(got) == 8
+    assert all(torch.equal(y, want) for y in got)
 
 
 def test_symbolic_trace_serves_without_inputs() -> None:
