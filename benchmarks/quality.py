@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2 after one-shot compression, calibrated on one novel, judged on another.
 
-    SPARSEFX_AUSTEN=… python benchmarks/quality.py            # writes benchmarks/results/quality.json
+    SPARSEFX_AUSTEN=… python benchmarks/quality.py    # writes benchmarks/results/quality.json
 
 Calibration: 16×512 tokens of "Emma"; evaluation: 8×512 tokens of "Persuasion", as printed. The
 novels come from Debian's r-cran-janeaustenr (`apt-get install r-cran-janeaustenr`, or

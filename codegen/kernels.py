@@ -84,7 +84,7 @@ KERNELS: list[Kernel] = [
 
 @lru_cache(maxsize=4096)
 def choose(fmt: Format, problem: Problem) -> Choice:
-    """The first kernel that accepts, with the reasons of the earlier ones of this layout and codec."""
+    """The first kernel that accepts, and why earlier ones of this layout and codec do not."""
     refused: list[str] = []
     for kernel in KERNELS:
         if not isinstance(fmt.layout, kernel.layout) or not isinstance(fmt.codec, kernel.codec):

@@ -138,7 +138,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def lower(model: ir.Model, tensors: Mapping[str, Tensor]) -> list[Lowered]:
-    """Replace every placeholder node of `model`; `tensors` holds the initializers' values by name."""
+    """Replace every placeholder node of `model`; `tensors` holds initializers' values by name."""
     import onnx_ir.passes.common as passes
 
     lowerer = _Lowerer(model.graph, tensors)

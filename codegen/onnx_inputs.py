@@ -45,7 +45,7 @@ class Inputs:
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Inputs:
-        """Raises ExportError for unknown names, bad axes and example sizes that fix a dynamic axis."""
+        """Raises ExportError for unknown names, bad axes and examples that fix a dynamic axis."""
         # torch.onnx cannot convert what torch.export records for strided inputs (torch 2.13).
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, split_inputs(example_inputs))
         signature = inspect.signature(model.forward)

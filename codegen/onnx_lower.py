@@ -119,8 +119,8 @@ def plan_blocks(problem: Problem) -> Blocks | str:
     a8 = problem.format.a8
     if codec.bits > 4 and not a8:
         return (
-            f"{codec.bits}-bit codes with float activations: MatMulNBits would dequantise the whole "
-            "weight at every call; '+a8' or 4 bits would use it"
+            f"{codec.bits}-bit codes with float activations: MatMulNBits would dequantise the "
+            "whole weight at every call; '+a8' or 4 bits would use it"
         )
     size = _block(codec, problem.k)
     if size is None:
@@ -148,7 +148,7 @@ def nbits_rejects(problem: Problem) -> str | None:
 
 
 def store_blocks(writer: Writer, packed: Packed) -> Stored:
-    """B, scales and zero points; positions that are not stored hold the zero point: exactly zero."""
+    """B, scales and zero points; positions not stored hold the zero point: exactly zero."""
     plan = plan_blocks(Problem(packed.format, packed.n, packed.k))
     assert isinstance(plan, Blocks)
     codes, scales, zeros = grid_of(packed, 1 << (plan.bits - 1))
@@ -264,7 +264,7 @@ LOWERINGS: tuple[Lowering, ...] = (
 
 
 def choose(problem: Problem, dense: bool = False) -> tuple[Lowering, str]:
-    """The first lowering that accepts, and why better ones do not; `dense` wants the matrix itself."""
+    """The first lowering that accepts, and why better ones do not; `dense` wants the matrix."""
     notes: list[str] = []
     for row in LOWERINGS:
         if dense and row.product is not multiply_matrix:

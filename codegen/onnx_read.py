@@ -1,4 +1,4 @@
-"""What an ONNX file really holds: weights decoded by the operators' own rules, not by our packer."""
+"""What an ONNX file really holds: weights decoded by the operators' rules, not by our packer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def written_weight(values: dict[str, ir.Value], name: str) -> np.ndarray[Any, An
 
 
 def _decode_blocks(node: ir.Node) -> np.ndarray[Any, Any]:
-    """MatMulNBits's contract: codes low bits first along K; (code − zero point) · scale per block."""
+    """MatMulNBits's contract: codes low bits first along K; (code − zero) · scale per block."""
     read = {key: attribute.as_int() for key, attribute in node.attributes.items()}
     bits, size, n, k = read["bits"], read["block_size"], read["N"], read["K"]
     b, s = node.inputs[1], node.inputs[2]

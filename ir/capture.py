@@ -88,7 +88,7 @@ def _dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _untraced(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], graphs: Sequence[Traced]
 ) -> Traced:
-    """What frames that dynamo skipped (a break inside a loop) do with weights, by watching a run."""
+    """What frames that dynamo skipped (a break in a loop) do with weights, by watching a run."""
     seen = {id(t.weights[use.weight]) for t in graphs for use in uses(t.graph, t.weights)}
     with torch.no_grad(), Watch(model) as watch:
         model(*args, **kwargs)

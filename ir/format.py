@@ -51,7 +51,7 @@ class Format:
 
     @staticmethod
     def parse(text: str) -> Format:
-        """The Format that `text` spells. Raises SpecError naming the token and the nearest valid one."""
+        """The Format `text` spells. Raises SpecError naming the token and the nearest valid one."""
         return _parse(text)
 
     def rejects(self, n: int, k: int) -> str | None:
@@ -109,7 +109,7 @@ class Packed:
         return values.to(dtype)
 
     def _decode(self, codes: Tensor, grid: Grid) -> Tensor:
-        """Values of (N, K) codes, one group at a time along a broadcast axis where groups are even."""
+        """Values of (N, K) codes, a group at a time along a broadcast axis if groups are even."""
         group = self.format.codec.group(self.k)
         if grid.scales is None or self.k % group or not codes.numel():
             return self.format.codec.decode(codes, grid.columns(0, self.k, group))

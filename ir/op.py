@@ -18,7 +18,8 @@ from sparsefx.ir.format import Format, Packed
 LIBRARY: Any = torch.library.Library("sparsefx", "DEF")  # type: ignore[no-untyped-call]
 TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define(
-    "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor[] branch, str format, SymInt n) -> Tensor",
+    "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor[] branch, str format, SymInt n) "
+    "-> Tensor",
     tags=TAGS,
 )
 LIBRARY.define(
@@ -48,7 +49,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_branch(y: Tensor, x: Tensor, branch: Sequence[Tensor]) -> Tensor:
-    """y + ((x · downᵀ) · scale) · upᵀ; `branch` is empty or (down (r, K), up (N, r), scale (r,))."""
+    """y + ((x · downᵀ) · scale) · upᵀ; `branch`: empty or (down (r, K), up (N, r), scale (r,))."""
     if not branch:
         return y
     down, up, scale = (t.to(x.dtype) for t in branch)
@@ -102,7 +103,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Gradients of x, bias and branch; the weight has none. With `+a8` rounding is passed through."""
+    """Gradients of x, bias and branch, not of the weight. With `+a8` rounding is passed through."""
     x, *rest = ctx.saved_tensors
     weight, branch = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
     rows = grad.reshape(-1, ctx.n)

@@ -118,7 +118,7 @@ def value(node: Any) -> Any:
 
 
 def uses(graph: Graph, weights: Mapping[Node, Tensor]) -> list[Use]:
-    """Every product whose operand is a weight of two or more dimensions, or derived by views alone."""
+    """Every product whose operand is a weight of two or more dimensions, if only through views."""
     found: list[Use] = []
     for node, weight in weights.items():
         if weight.dim() >= 2:

@@ -94,7 +94,7 @@ def parameter_names(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def find_sites(model: nn.Module, graphs: Sequence[Traced]) -> list[Site]:
-    """Sites of all graphs in call order, refused ones included; weights never multiplied by are not.
+    """Sites of all graphs in call order, with refused ones, without weights never multiplied by.
 
     Linear-like modules that no graph reached are appended as refused: none is missed in silence.
     """

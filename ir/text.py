@@ -13,7 +13,7 @@ from sparsefx.ir.products import op_name, value
 
 def text(graph: Graph) -> str:
     """`%name : f32[2, 16] = linear(%x, %w, None)` for every node, in order."""
-    names = {node: f"%{i}" if node.op == "call_function" or node.op == "call_method" else f"%{node.name}"
+    names = {node: f"%{i}" if node.op in ("call_function", "call_method") else f"%{node.name}"
              for i, node in enumerate(graph.nodes)}  # fmt: skip
     return "\n".join(_line(node, names) for node in graph.nodes)
 

@@ -72,8 +72,9 @@ def demo(names: Sequence[str], out: Path, console: Console | None = None) -> Non
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     bar = Progress(
-        TextColumn("{task.description:<46}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+        TextColumn("{task.description:<46}"), BarColumn(),
+        TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+        console=Console(stderr=True), transient=True,
     )  # fmt: skip
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")

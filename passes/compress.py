@@ -126,7 +126,7 @@ def _effective(packed: Packed, branch: tuple[Tensor, ...]) -> Tensor:
 
 
 def _write_back(model: nn.Module, result: Result) -> None:
-    """Let the dense parameter hold what is stored, so that later blocks see the compressed model."""
+    """Let the dense parameter hold what is stored, so later blocks see the compressed model."""
     weight = model.get_parameter(result.site.name)
     dense = _effective(result.packed, result.branch).to(weight.dtype)
     weight.data.copy_(result.site.parameter_shape(dense))

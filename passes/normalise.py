@@ -49,7 +49,7 @@ def operands(use: Use) -> tuple[Any, Any]:
 
 
 def respell(graph: Graph, use: Use) -> Node:
-    """Replace one product node by `aten.linear` over the weight (transposed where stored (K, N))."""
+    """Replace a product node by `aten.linear` over the weight (transposed where stored (K, N))."""
     x, bias = operands(use)
     node = use.node
     with graph.inserting_before(node):

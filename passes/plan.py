@@ -1,4 +1,4 @@
-"""Plan: a Format for every Site, or "dense, because …"; everything checked before anything changes."""
+"""Plan: a Format for every Site, or "dense, because …"; all is checked before anything changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Choice:
 
 
 def plan(model: nn.Module, sites: Sequence[Site], spec: Spec) -> list[Choice]:
-    """One Choice per Site, in call order. Raises SpecError or WeightError listing every bad layer."""
+    """One Choice per Site in call order. Raises SpecError or WeightError listing all bad layers."""
     classes = {site.name: owner_classes(model, site) for site in sites}
     check_patterns(spec, [(site.names, classes[site.name]) for site in sites])
     choices = [_choose(model, site, spec, classes[site.name]) for site in sites]

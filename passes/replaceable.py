@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def reads_weight(model: nn.Module, name: str, transposed: bool = False) -> str:
-    """Why the parameter `name` has to stay readable as a dense weight, "" when its module may go."""
+    """Why the parameter `name` must stay readable as a dense weight, "" when its module may go."""
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if attribute != "weight" or not owner_name:

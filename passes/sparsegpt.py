@@ -60,7 +60,7 @@ def inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
 
 
 def _fit_groups(fmt: Format, work: Tensor, mask: Tensor, start: int, stop: int) -> list[Grid]:
-    """Grids of the scale groups that begin in columns start…stop, fitted to what will be kept there.
+    """Grids of the scale groups that begin in columns start…stop, fitted to what will be kept.
 
     Columns of a group beyond `stop` are not masked yet; they are fitted as they are.
     """

@@ -186,8 +186,8 @@ def _entry(module: PackedWeight, paths: list[str], where: Path) -> Entry:
         return record(Parameter, where, fields, RENAME)
     if not isinstance(module, SparseLinear) or "" in paths:
         raise ArtifactError(
-            f"{where}: the {type(module).__name__} at '{paths[0]}' could not be put back by a load; "
-            "save a model that contains it, e.g. nn.Sequential(layer)"
+            f"{where}: the {type(module).__name__} at '{paths[0]}' could not be put back by a "
+            "load; save a model that contains it, e.g. nn.Sequential(layer)"
         )
     fields["names"] = [f"{path}.weight" for path in paths]
     fields["bias"] = module.bias is not None
@@ -214,7 +214,7 @@ def _check_files(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """One writer at a time; yields False where folders cannot be locked: then nothing is removed."""
+    """One writer at a time; yields False if folders cannot be locked: then nothing is removed."""
     if sys.platform == "win32":
         yield False
         return

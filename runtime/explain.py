@@ -1,4 +1,4 @@
-"""`explain`: per weight its format, kernel, size and error, and every refused choice with its reason."""
+"""`explain`: per weight its format, kernel, size, error, and every refused choice with reason."""
 
 from __future__ import annotations
 

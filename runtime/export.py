@@ -137,7 +137,8 @@ def _check_axes(model: ir.Model, inputs: Inputs) -> None:
     values = model.graph.inputs
     if len(values) != len(inputs.axes):
         raise ExportError(
-            f"the graph has {len(values)} inputs, the call {len(inputs.axes)} tensors: pass each once"
+            f"the graph has {len(values)} inputs, the call {len(inputs.axes)} tensors: "
+            "pass each once"
         )
     for value, axes in zip(values, inputs.axes, strict=True):
         for axis in axes:
@@ -156,7 +157,7 @@ def _write(model: ir.Model, room: Path, name: str) -> tuple[Path, Path | None]:
     draft, data = room / "model.onnx", None
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value]
     if sum(tensor.nbytes for tensor in tensors) > SINGLE_FILE:
-        # A new name each time: the old model and its data stay a pair until the new one is in place.
+        # A new name each time: the old model and its data stay a pair until the new is in place.
         data = room / f"{name}.{secrets.token_hex(8)}.data"
         onnx_ir.save(model, draft, external_data=data.name, size_threshold_bytes=SMALL)
     else:

@@ -1,4 +1,4 @@
-"""Eager runs for the gate: with rounding noise, without activation rounding, with layers recorded."""
+"""Eager runs for the gate: with rounding noise, without activation rounding, layers recorded."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _dithered(self, x: Tensor) -> Tensor:
-        """x plus uniform noise of one int8 step per row: independent of, and as large as, rounding."""
+        """x plus uniform noise of one int8 step a row: independent of rounding, and as large."""
         share = torch.rand(x.shape, generator=self.dither).to(x.device) - 0.5
         return (x.float() + share * quantize_rows(x)[1]).to(x.dtype)
 

@@ -42,7 +42,7 @@ def install(
     branch: Sequence[Tensor] = (),
     transposed: bool = False,
 ) -> dict[str, str]:
-    """Put `packed` in place of the parameter called `names` (several when tied: buffers are shared).
+    """Put `packed` in place of the parameter called `names` (several if tied: buffers are shared).
 
     Returns, for each name that had to keep its dense product, why: its owner computes with the
     weight itself, so the weight is unpacked at every read.

@@ -136,7 +136,7 @@ def record(make: type[R], where: object, fields: dict[str, Any], way_out: str = 
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a saved folder. Raises ArtifactError unless every field is as it should be."""
+    """The manifest of a saved folder. Raises ArtifactError unless every field is valid."""
     path = folder / MANIFEST
     if not folder.is_dir() or not os.path.lexists(path):
         raise ArtifactError(f"{_not_ours(folder)}; {_AGAIN}")
@@ -205,8 +205,8 @@ def open_plain(path: Path) -> BinaryIO:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or path.is_symlink():
         file.close()
         raise ArtifactError(
-            f"{path}: is a link, or no plain file, or also linked from elsewhere; copy the artifact "
-            "so that its files are its own"
+            f"{path}: is a link, or no plain file, or also linked from elsewhere; copy the "
+            "artifact so that its files are its own"
         )
     return file
 

@@ -1,4 +1,4 @@
-"""Modules that hold packed weights: `SparseLinear`, `SparseConv1x1`, and parameters unpacked on read."""
+"""Modules with packed weights: `SparseLinear`, `SparseConv1x1`, and parameters unpacked on read."""
 
 from __future__ import annotations
 

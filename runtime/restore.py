@@ -199,7 +199,8 @@ class _Plan:
             if old is not None and (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise self.error(
                     f"'{name}' is {old.dtype} {tuple(old.shape)} in the model, {new.dtype} "
-                    f"{tuple(new.shape)} in the file", "build the model as it was saved")  # fmt: skip
+                    f"{tuple(new.shape)} in the file", "build the model as it was saved"
+                )  # fmt: skip
             shared.setdefault(self.home[name], []).append(name)
         self.users = Counter(
             id(self.state[n]) for ns in shared.values() for n in ns if n in self.state
@@ -222,7 +223,7 @@ class _Plan:
                 unpack_on_read(owner, attribute, module)
 
     def fill(self, home: str, names: list[str]) -> None:
-        """Copy a stored tensor into the model's, or replace it where it is on meta or tied otherwise."""
+        """Copy a stored tensor into the model's, or replace one on meta or tied otherwise."""
         olds = [self.state[name] for name in names if name in self.state]
         old = olds[0] if olds else None
         if old is not None and self.writable(olds, len(names)):

@@ -86,7 +86,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory this process has held since `reset_peak` (since its start outside Linux), bytes."""
+    """Most bytes this process has held since `reset_peak` (outside Linux: since its start)."""
     with contextlib.suppress(OSError, AttributeError):
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024

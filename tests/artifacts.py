@@ -1,4 +1,4 @@
-"""A model with every kind of packed weight, a saved folder of it, and ways to damage that folder."""
+"""A model with every kind of packed weight, a saved folder of it, and ways to damage the folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATTERN = "weights-*.safetensors"
 
 
 class Net(nn.Module):
-    """Every kind of weight: linears (two tied), 1×1 convolution, attention, buffers of both kinds."""
+    """Every kind of weight: linears (two tied), 1×1 convolution, attention, both buffer kinds."""
 
     def __init__(self) -> None:
         super().__init__()

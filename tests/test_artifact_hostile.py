@@ -378,7 +378,7 @@ def test_damaged_bytes_are_never_a_silent_success(
 @QUIET
 @given(data=st.data())
 def test_damage_that_the_manifest_vouches_for(data: st.DataObject, folder: Path) -> None:
-    """With the hash made right again, a load may succeed, but never with buffers kernels trust wrongly."""
+    """With the hash made right, a load may succeed, never with buffers kernels trust wrongly."""
     path = weights(folder)
     content = bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))

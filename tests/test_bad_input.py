@@ -1,6 +1,6 @@
 """Bad input, by the row numbers of the project's list: a typed error that names the layer and the
 way out before anything is changed, or tested success. Rows 47–52, 54 and 57–61 (files) are in
-test_artifact*.py, test_cache.py and test_onnx*.py; row 9 also in test_spec.py, 38 in test_backend.py.
+test_artifact*.py, test_cache.py and test_onnx*.py; 9 also in test_spec.py, 38 in test_backend.py.
 """
 
 from __future__ import annotations

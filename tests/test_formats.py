@@ -195,8 +195,8 @@ def test_tiles_at_their_own_edges(layout: Tile) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    pair=st.sampled_from(PAIRS), n=st.integers(0, 20), k=st.integers(0, 40), seed=st.integers(0, 1 << 30),
-    scale=st.sampled_from([1e-3, 1.0, 1e3]), zeroed=st.floats(0, 1),
+    pair=st.sampled_from(PAIRS), n=st.integers(0, 20), k=st.integers(0, 40),
+    seed=st.integers(0, 1 << 30), scale=st.sampled_from([1e-3, 1.0, 1e3]), zeroed=st.floats(0, 1),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )  # fmt: skip
 def test_any_weight_round_trips(
@@ -260,7 +260,7 @@ def test_the_best_scores_are_kept() -> None:
 
 @pytest.mark.parametrize(("layout", "codec"), PAIRS, ids=str)
 def test_stored_bytes_are_the_needed_bits(layout: Layout, codec: Codec) -> None:
-    """Within 2%, plus one byte per buffer: each bit stream is rounded up to whole bytes on its own."""
+    """Within 2%, plus one byte per buffer: each bit stream is rounded up to whole bytes."""
     fmt = Format(layout, codec)
     for n, k in ((1, 1), (3, 7), (33, 65), (64, 256)):
         w = weight(n, fitting(layout, k))

@@ -106,8 +106,8 @@ def test_deepcopies_are_independent(make: Callable[[], nn.Module]) -> None:
 def test_state_dicts_move_between_sparse_linears() -> None:
     a, b, x = layer(rank=2), layer(rank=2), torch.randn(3, 16)
     torch.manual_seed(1)
-    b.load_state_dict(SparseLinear(Format.parse(a.format).pack(torch.randn(32, 16)), nn.Parameter(torch.randn(32)),
-                                   branch_of(32, 16)).state_dict())  # fmt: skip
+    packed, bias = Format.parse(a.format).pack(torch.randn(32, 16)), nn.Parameter(torch.randn(32))
+    b.load_state_dict(SparseLinear(packed, bias, branch_of(32, 16)).state_dict())
     assert not torch.equal(a(x), b(x))
     b.load_state_dict(a.state_dict())
     assert torch.equal(a(x), b(x))

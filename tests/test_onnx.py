@@ -1,4 +1,4 @@
-"""ONNX lowering and export: right weights, right operators, right products in stock ONNX Runtime."""
+"""ONNX lowering and export: right weights, operators and products in stock ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def session(model: Any, full: bool = True, dump: Path | None = None) -> Any:
 
 
 def bound(x: Tensor, packed: Packed, y: Tensor) -> Tensor:
-    """|y−r| ≤ u|r| + 2√K·2⁻²⁴·(|x||w|ᵀ); with int8 activations, half a step of a block's maximum."""
+    """|y−r| ≤ u|r| + 2√K·2⁻²⁴·(|x||w|ᵀ); with int8 activations half a step of a block's maximum."""
     weight = packed.unpack(torch.float64).abs()
     rows = x.double().abs()
     out: Tensor = 2.0**-24 * y.abs() + 2 * packed.k**0.5 * 2.0**-24 * (rows @ weight.T)
@@ -184,7 +184,8 @@ def test_blocks_avoid_the_slow_kernels(fmt: str, k: int, plan: tuple[int, int, i
     assert isinstance(found, Blocks)
     assert (found.bits, found.size, found.accuracy) == plan
     assert found.accuracy == 4 or found.bits == 4  # 2 and 8 bits are 30 times slower at level 1
-    assert bool(found.note) == (Format.parse(fmt).codec.bits != found.bits)  # type: ignore[attr-defined]
+    bits = Format.parse(fmt).codec.bits  # type: ignore[attr-defined]
+    assert bool(found.note) == (bits != found.bits)
 
 
 @pytest.mark.parametrize("fmt", ["int8", "int8+a8", "int4g24", "uint4g24"])

@@ -1,4 +1,4 @@
-"""`sparsefx::linear`: every kernel row against exact arithmetic, and what PyTorch expects of an op."""
+"""`sparsefx::linear`: every kernel row against exact arithmetic; what PyTorch expects of an op."""
 
 from __future__ import annotations
 

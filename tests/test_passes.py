@@ -33,7 +33,8 @@ class Products(nn.Module):
 def traced(module: nn.Module) -> tuple[fx.GraphModule, Traced]:
     (found,) = _symbolic(module, (), {})
     gm = fx.GraphModule(module, found.graph)
-    return gm, Traced(gm.graph, {n: found.weights[m] for n, m in zip(gm.graph.nodes, found.graph.nodes, strict=True) if m in found.weights})  # fmt: skip
+    pairs = zip(gm.graph.nodes, found.graph.nodes, strict=True)
+    return gm, Traced(gm.graph, {n: found.weights[m] for n, m in pairs if m in found.weights})
 
 
 def test_normalise_golden() -> None:

@@ -60,7 +60,7 @@ def test_lossless_packing_changes_nothing(name: str) -> None:
         packed = sparsefx.sparsify(example.model, "fp32", example_inputs=inputs)
         got = _floats(packed(*example.args, **example.kwargs))
     for x, y in zip(want, got, strict=True):
-        # The same values in the same product; only Conv1D and 1×1 convolutions sum in another order.
+        # The same values in the same product; Conv1D and 1×1 convolutions sum in another order.
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
 
 

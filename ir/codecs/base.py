@@ -68,7 +68,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
-        """Values of codes, exactly those that will be multiplied; inverse of `encode` on its range."""
+        """Values of codes, exactly as they will be multiplied; inverts `encode` on its range."""
 
     @abstractmethod
     def write(self, codes: Tensor, grid: Grid) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ class Layout(ABC):
     @classmethod
     @abstractmethod
     def parse(cls, token: str) -> Layout | None:
-        """The layout this token spells, None when it is another's. Raises SpecError on bad sizes."""
+        """The layout this token spells, None if it is another's. Raises SpecError on bad sizes."""
 
     @abstractmethod
     def rejects(self, n: int, k: int) -> str | None:

@@ -22,8 +22,8 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="smollm2, minilm or antiberty; a Hugging Face folder on disk; or `package.module:function` "
-        "that returns a model and its example inputs"
+        help="smollm2, minilm or antiberty; a Hugging Face folder on disk; or "
+        "`package.module:function` that returns a model and its example inputs"
     ),
 ]
 SpecOption = Annotated[str, typer.Option(help="Format text or a YAML/JSON file")]
