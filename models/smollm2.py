@@ -39,10 +39,10 @@ _LAYER = {
 
 
 def load() -> Bundle:
-    """Return SmolLM2 with perplexity on 3x512 tokens of Python's help topics."""
+    """Return SmolLM2 with perplexity on 2x512 tokens of Python's help topics."""
     encode = tokenizer()
     calibration_ids, held_out_ids = (_ids(encode, text) for text in python_topics())
-    held_out = spread(held_out_ids, 3, SEQ_LEN)
+    held_out = spread(held_out_ids, 2, SEQ_LEN)
 
     def calibration(count: int) -> list[dict[str, Tensor]]:
         return [{"input_ids": row[None]} for row in spread(calibration_ids, count, SEQ_LEN)]
