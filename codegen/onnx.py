@@ -6,6 +6,7 @@ our own domain; `lower` then replaces the placeholders by what `onnx_lower`'s ta
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def to_onnx(
 
     `axis_names` names the dynamic axes of every tensor input, in order.
     """
+    # Its table of torchvision's operators warns about each one when torchvision is absent.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
