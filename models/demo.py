@@ -57,7 +57,6 @@ class Row:
     quality: float
     weights: int
     onnx: int
-    peak: int
     ms: dict[str, float] = field(default_factory=dict)
     apart: dict[str, float] = field(default_factory=dict)
 
@@ -122,7 +121,7 @@ def _prepare(name: str, out: Path, events: Any) -> list[Row]:
 
 def _measure(bundle: Bundle, recipe: Recipe, out: Path, step: Callable[[str], None]) -> Row:
     """Everything the table says about one model and recipe but times."""
-    spec, model, bits, peak = recipe.spec, bundle.model, 32.0, 0
+    spec, model, bits = recipe.spec, bundle.model, 32.0
     stem = f"{bundle.name}-{spec}".translate(str.maketrans("@%:+", "----")).replace("--", "-")
     step(f"compress to {spec}")
     if recipe is not DENSE:
@@ -133,7 +132,6 @@ def _measure(bundle: Bundle, recipe: Recipe, out: Path, step: Callable[[str], No
         )  # fmt: skip
         packed = [m.packed for m in packed_modules(model).values()]
         bits = 8 * sum(p.stored_bytes for p in packed) / sum(p.n * p.k for p in packed)
-        peak = sparsefx.explain(model).peak_bytes
     step(f"quality of {spec}")
     quality = bundle.metric(model)[bundle.headline]
     step(f"save {spec}")
@@ -145,7 +143,7 @@ def _measure(bundle: Bundle, recipe: Recipe, out: Path, step: Callable[[str], No
         model, out / f"{stem}.onnx", bundle.example_inputs, shapes,
         verify=recipe is not DENSE,
     )  # fmt: skip
-    return Row(spec, stem, bits, quality, weights, report.bytes, peak)
+    return Row(spec, stem, bits, quality, weights, report.bytes)
 
 
 def _time(bundle: Bundle, row: Row, out: Path) -> None:

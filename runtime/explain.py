@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,8 @@ def explain(model: Any) -> Explanation:
     report = attached(inner) or Report(door="", spec={})
     modules = {m.name or n: m for n, m in packed_modules(inner).items()}
     rows = {row.name: row for row in [*report.rows, *_compiled(inner)]}
+    if inner is not model:
+        rows |= _uncompiled(inner, rows)
     for name, module in modules.items():
         if not any(name in (row.name, *row.aliases) for row in rows.values()):
             rows[name] = _row(name, module)
@@ -94,6 +96,26 @@ def _compiled(model: nn.Module) -> Iterator[Row]:
     for parameter in model.parameters():
         if parameter in COMPILED:
             yield COMPILED[parameter]
+
+
+def _uncompiled(model: nn.Module, known: Mapping[str, Row]) -> dict[str, Row]:
+    """Rows of linear layers that torch.compile never handed over, once it has handed over some."""
+    from sparsefx.runtime.backend import COMPILED
+
+    linear = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and isinstance(module.weight, nn.Parameter)
+    }
+    if not any(weight in COMPILED for weight in weights.values()):
+        return {}
+    reason = "not compiled: not run yet, or dynamo stopped at its recompile_limit (it warns)"
+    return {
+        name: Row(name, tuple(weight.shape), "dense", 0, (), reason=reason)
+        for name, weight in weights.items()
+        if weight not in COMPILED and name not in known
+    }
 
 
 def _row(name: str, module: PackedWeight) -> Row:

@@ -27,7 +27,6 @@ class Row:
     reason: str = ""
     bits: float = 0.0
     stored_bytes: int = 0
-    dense_bytes: int = 0
     branch_bytes: int = 0
     sqnr_db: float | None = None
     algorithm: str = ""

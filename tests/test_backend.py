@@ -129,6 +129,15 @@ def test_graph_breaks_do_not_mix_up_layers() -> None:
         close((compiled(model, spec="fp32", inner="eager")(x),), (model(x),))
 
 
+def test_layers_past_the_recompile_limit_are_named() -> None:
+    model = nn.Sequential(*[Layer() for _ in range(4)]).eval()
+    run = compiled(model, spec="fp32", inner="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        run(torch.randn(2, 16))
+    reasons = [line.row.reason for line in sparsefx.explain(run).lines]
+    assert any("recompile_limit" in reason for reason in reasons)
+
+
 def test_an_edited_weight_is_noticed() -> None:
     model: Any = nn.Sequential(nn.Linear(16, 8)).eval()
     run = compiled(model, inner="eager")

@@ -113,6 +113,13 @@ def test_other_convolutions_are_no_plain_products(conv: nn.Module) -> None:
 def test_what_is_a_plain_linear() -> None:
     assert plain_linear(nn.Linear(4, 6), False)
     assert plain_linear(Conv1D(), True)
+    assert plain_linear(nn.Linear(64, 6).bfloat16(), False)
+
+    class Slightly(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, self.weight * 1.001, self.bias)
+
+    assert not plain_linear(Slightly(4, 6), False)
     assert not plain_linear(Scaled(4, 6), False)
     assert not plain_linear(nn.Embedding(4, 6), False)
     assert not plain_linear(nn.Conv2d(4, 6, 1), False)
