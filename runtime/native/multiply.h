@@ -1,0 +1,196 @@
+// The two entry points of an instruction set: quantize and multiply. Included once per set.
+#pragma once
+
+#include "kernels.h"
+
+namespace sfx {
+namespace SFX_ISA {
+
+constexpr int kFewRows = 4; // up to here a weight is decoded in registers, not into cache
+
+// Side by side the activations that segments [first, last) of a panel keep; zero behind each.
+template <bool kCodes>
+void compact(const Weight &w, const uint8_t *panel, Rows x, int rows, int first, int last,
+             char *out, int64_t out_stride, int32_t *sums) {
+  constexpr int kSize = kCodes ? 1 : 4;
+  const uint32_t *counts = reinterpret_cast<const uint32_t *>(panel + w.counts_at);
+  const int step = step_columns(w.kind);
+  for (int s = first; s < last; ++s) {
+    const Segment &segment = w.segments[s];
+    const uint8_t *masks = panel + w.masks_at + segment.start / 8;
+    const int64_t bytes = int64_t(counts[s]) * step * kSize;
+    for (int r = 0; r < rows; ++r) {
+      char *start = out + r * out_stride, *to = start;
+      const char *from = x.x + r * x.stride + segment.start * kSize;
+      for (int i = 0; i < segment.steps; ++i) {
+        uint64_t mask;
+        __builtin_memcpy(&mask, masks + 8 * i, 8);
+        if constexpr (kCodes)
+          V::compact_bytes(to, mask, from + 64 * i);
+        else
+          V::compact_floats(to, mask, from + 256 * i);
+        to += __builtin_popcountll(mask) * kSize;
+      }
+      for (char *end = start + bytes + 64; to < end; to += 64) V::store(to, V::zero());
+      if constexpr (kCodes) {
+        int32_t sum = 0;
+        for (const char *at = start; at < start + bytes; at += 64) sum += V::sum_bytes(at);
+        sums[r * int64_t(w.segment_count) + s] = sum;
+      }
+    }
+    out += bytes;
+  }
+}
+
+template <class Reader, bool kCodes>
+void few(const Weight &w, int64_t p, Rows x, int rows, float *tile, int64_t stride) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    direct<Reader, kCodes, 4>(w, p, x.from(r), tile + r * stride, stride);
+  for (; r + 2 <= rows; r += 2)
+    direct<Reader, kCodes, 2>(w, p, x.from(r), tile + r * stride, stride);
+  if (r < rows) direct<Reader, kCodes, 1>(w, p, x.from(r), tile + r * stride, stride);
+}
+
+template <class Reader, bool kCodes, int kN>
+void many(const Weight &w, Rows x, int rows, int64_t p, float *tile, int64_t stride,
+          const Scratch &scratch) {
+  constexpr int64_t kPanelBytes = int64_t(kMaxSegment) * (kCodes ? kRows : kUnit);
+  constexpr int kSize = kCodes ? 1 : 4;
+  Reader readers[2] = {Reader(w, w.at(p)), Reader(w, w.at(p + kN - 1))};
+  Scaling scaling[2] = {Scaling(w, w.at(p), w.at(p + kN)),
+                        Scaling(w, w.at(p + kN - 1), w.at(p + kN))};
+  const bool columns = w.family == kColumns;
+  const uint32_t *counts = reinterpret_cast<const uint32_t *>(w.at(p) + w.counts_at);
+  const int segments = w.segment_count;
+  for (int s = 0; s < segments; ++s) {
+    const Segment &segment = w.segments[s];
+    const int steps = columns ? static_cast<int>(counts[s]) : segment.steps;
+    if (!steps) continue;
+    int64_t bytes = 0;
+    for (int q = 0; q < kN; ++q) {
+      scaling[q].begin(s);
+      readers[q].begin(scaling[q].zero);
+      uint8_t *units = scratch.units + q * kPanelBytes;
+      bytes = decode<Reader, kCodes>(readers[q], steps, units) - units;
+    }
+    Rows part = x;
+    part.x += segment.start * kSize;
+    if (columns) {
+      part.stride = (int64_t(kMaxSegment) + 128) * kSize;
+      compact<kCodes>(w, w.at(p), x, rows, s, s + 1, scratch.compact, part.stride, scratch.sums);
+      part.x = scratch.compact;
+      part.sums = kCodes ? scratch.sums : nullptr;
+    }
+    blocks<kCodes, kN>(scaling, scratch.units, kPanelBytes, static_cast<int>(bytes / kUnit), part,
+                       rows, s, segment.scale, tile, stride);
+  }
+}
+
+template <class Reader, bool kCodes>
+void run(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile,
+         const Scratch &scratch) {
+  const bool columns = w.family == kColumns;
+  const int64_t stride = count * kRows;
+  if (V::kDirect && rows <= kFewRows) {
+    for (int q = 0; q < count; ++q) {
+      Rows part = x;
+      if (columns) {
+        const int segments = w.segment_count;
+        part.stride = (w.padded + 128) * (kCodes ? 1 : 4);
+        compact<kCodes>(w, w.at(p + q), x, rows, 0, segments, scratch.compact, part.stride,
+                        scratch.sums);
+        part.x = scratch.compact;
+        part.sums = kCodes ? scratch.sums : nullptr;
+      }
+      few<Reader, kCodes>(w, p + q, part, rows, tile + q * kRows, stride);
+    }
+  } else if (count == 2 && !columns) {
+    many<Reader, kCodes, 2>(w, x, rows, p, tile, stride, scratch);
+  } else {
+    for (int q = 0; q < count; ++q)
+      many<Reader, kCodes, 1>(w, x, rows, p + q, tile + q * kRows, stride, scratch);
+  }
+}
+
+template <Family kFamily, Kind kKind, class... Args>
+void run_codes(const Weight &w, bool codes, Args &&...args) {
+  if (codes)
+    run<Codes<kFamily, kKind, false>, true>(w, args...);
+  else if (w.zero_points)
+    run<Codes<kFamily, kKind, true>, false>(w, args...);
+  else
+    run<Codes<kFamily, kKind, false>, false>(w, args...);
+}
+
+template <Family kFamily, class... Args> void run_family(const Weight &w, bool codes, Args... args) {
+  switch (w.kind) {
+  case kCode2: return run_codes<kFamily, kCode2>(w, codes, args...);
+  case kCode4: return run_codes<kFamily, kCode4>(w, codes, args...);
+  case kCode8: return run_codes<kFamily, kCode8>(w, codes, args...);
+  case kCode3: // only whole panels have three-bit codes
+    if constexpr (kFamily == kDense) run_codes<kDense, kCode3>(w, codes, args...);
+    return;
+  default: break;
+  }
+  if constexpr (kFamily != kBytes) {
+    if (w.kind == kFloat32) return run<Floats<kFamily, kFloat32>, false>(w, args...);
+    if (w.kind == kFloat16) return run<Floats<kFamily, kFloat16>, false>(w, args...);
+    return run<Floats<kFamily, kBfloat16>, false>(w, args...);
+  }
+}
+
+void multiply(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int count,
+              float *tile, const Scratch &scratch) {
+  const int64_t segments = int64_t(w.segment_count);
+  Rows part{x.rows + row * x.stride, x.stride, x.sums ? x.sums + row * segments : nullptr, segments,
+            x.scales ? x.scales + row * w.a8_scales : nullptr, w.a8_scales};
+  if (w.family == kLanes) return run_family<kLanes>(w, x.codes, part, rows, p, count, tile, scratch);
+  if (w.family == kBytes) return run_family<kBytes>(w, x.codes, part, rows, p, count, tile, scratch);
+  run_family<kDense>(w, x.codes, part, rows, p, count, tile, scratch);
+}
+
+// max |x|, as the bits of a float: above 0x7f800000 if any is not a number.
+static uint32_t reach(const float *x, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+// scale = max |x| / 127 and code = x / scale to nearest even; a scale of NaN if any x is not finite.
+void quantize(const Weight &w, const float *x, int8_t *codes, float *scales, int32_t *sums) {
+  const int segments = w.segment_count;
+  for (int s = 0; s < segments;) {
+    int end = s;
+    while (end < segments && w.segments[end].scale == w.segments[s].scale) ++end;
+    const Segment &last = w.segments[end - 1];
+    const int64_t first = w.segments[s].first;
+    uint32_t bits = reach(x + first, last.first + last.columns - first);
+    float most;
+    __builtin_memcpy(&most, &bits, 4);
+    const bool finite = bits < 0x7f800000;
+    const float scale = most == 0 ? 1.0f : most / 127;
+    scales[w.segments[s].scale] = finite ? scale : __builtin_nanf("");
+    for (; s < end; ++s) {
+      const Segment &segment = w.segments[s];
+      const float *from = x + segment.first;
+      int8_t *to = codes + segment.start;
+      int32_t sum = 0;
+      for (int i = 0; i < segment.columns; ++i) {
+        float code = finite ? __builtin_nearbyintf(from[i] / scale) : 0.0f;
+        code = code > 127 ? 127 : code < -127 ? -127 : code;
+        to[i] = static_cast<int8_t>(code);
+        sum += static_cast<int32_t>(code);
+      }
+      sums[s] = sum;
+    }
+  }
+}
+
+} // namespace SFX_ISA
+} // namespace sfx

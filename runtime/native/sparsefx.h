@@ -1,0 +1,74 @@
+// The C interface of the CPU engine: pack a weight once, multiply by it many times.
+//
+// Nothing here knows torch or ONNX Runtime. All matrices are row-major. Every function that can
+// fail returns 0 on success, else writes a sentence into `error` (at most SFX_ERROR bytes).
+#ifndef SPARSEFX_H
+#define SPARSEFX_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SFX_ABI 1
+#define SFX_ERROR 256
+#define SFX_API __attribute__((visibility("default")))
+
+enum sfx_type { SFX_F32 = 0, SFX_F16 = 1, SFX_BF16 = 2, SFX_CODE = 3 };
+enum sfx_activation { SFX_NONE = 0, SFX_RELU = 1, SFX_SILU = 2, SFX_GELU = 3, SFX_GELU_TANH = 4 };
+
+// A dense weight W (n, k) with a mask, to be packed. value = (code - zero_point) * scale.
+typedef struct {
+  int64_t n, k;
+  int32_t type;               // SFX_CODE: one byte per code; else float values of that type
+  int32_t bits;               // of a code: 2…8; ignored for floats
+  int32_t zero;               // the zero point where `zero_points` is null
+  int64_t group_size;         // columns that share a scale; at least 1
+  int64_t a8_group;           // columns that share an activation scale, 0: the whole row
+  const void *values;         // (n, k): uint8 codes 0 … 2^bits - 1, or floats
+  const uint8_t *mask;        // (n, k): 1 = stored; null: all are
+  const uint16_t *scales;     // (n, ceil(k / group_size)) fp16; null for floats
+  const uint8_t *zero_points; // as scales; null: `zero` everywhere
+} sfx_source;
+
+typedef struct sfx_weight sfx_weight; // immutable; may be used from any number of threads
+
+// Runs body(context, i) for i in 0 … count-1, possibly in parallel, and returns when all are done.
+typedef void (*sfx_body)(void *context, int64_t i);
+typedef void (*sfx_parallel)(void *pool, sfx_body body, void *context, int64_t count);
+
+// y = act(x · Wᵀ + bias + ((x · downᵀ) ⊙ branch_scale) · upᵀ) ⊙ multiply + residual
+typedef struct {
+  const void *x;              // (m, k), rows `x_stride` elements apart, of type x_type
+  void *y;                    // (m, n), rows `y_stride` elements apart, of type x_type
+  int64_t m, x_stride, y_stride;
+  int32_t x_type;             // SFX_F32, SFX_F16 or SFX_BF16; bias, multiply and residual too
+  int32_t a8;                 // round x to int8, one scale per row (or per the weight's a8_group)
+  int32_t activation;
+  int32_t threads;            // at most so many
+  const void *bias;           // (n) or null
+  const void *multiply;       // (m, n) contiguous or null
+  const void *residual;       // (m, n) contiguous or null
+  const sfx_weight *down;     // (rank, k) or null: no branch
+  const sfx_weight *up;       // (n, rank)
+  const float *branch_scale;  // (rank) or null: ones
+  sfx_parallel parallel;      // null: OpenMP if the process has it, else serial
+  void *pool;                 // handed to `parallel`
+} sfx_call;
+
+SFX_API int32_t sfx_abi(void);
+SFX_API const char *sfx_isa(void);                 // the instruction set in use
+SFX_API int sfx_set_isa(const char *name, char *error); // "auto" or one of sfx_isas
+SFX_API const char *sfx_isas(void);                // those this machine can run, best first
+SFX_API const char *sfx_threading(void);           // "openmp" or "serial"
+SFX_API sfx_weight *sfx_pack(const sfx_source *source, char *error);
+SFX_API void sfx_free(sfx_weight *weight);
+SFX_API int64_t sfx_bytes(const sfx_weight *weight); // read per product at m = 1
+SFX_API const char *sfx_family(const sfx_weight *weight); // how it is laid out in memory
+SFX_API int sfx_linear(const sfx_weight *weight, const sfx_call *call, char *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,99 @@
+// A packed weight in memory, and the activations and instruction sets that meet it.
+//
+// W (n, k) is cut into panels of 16 rows and every panel into segments along K that share one
+// scale per row. What a multiply instruction takes is a unit: 16 lanes of 4 bytes, lane r for row
+// r of the panel, holding 4 columns of 8-bit codes or one float column. x is broadcast, 4 bytes
+// at a time, so no sum is ever taken across lanes. A step is what one load of codes decodes into.
+//
+// A panel is stored in one piece, in reading order:
+//   scales   segments × 16 fp16          (codes only)
+//   zeros    segments × 16 uint8         (where zero points differ)
+//   counts   segments × uint32 steps     (kColumns)
+//   masks    see Family
+//   codes    steps
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sparsefx.h"
+
+namespace sfx {
+
+constexpr int kRows = 16;        // rows of a panel
+constexpr int kUnit = 64;        // bytes of a unit
+constexpr int kMaxSegment = 1024; // columns: decoded units stay in cache, sums stay in int32
+
+enum Family {
+  kDense,   // every position; no masks
+  kLanes,   // per step one 16-bit mask: rows that keep the step's columns; kept lanes only
+  kBytes,   // per unit one 64-bit mask; units of a step share bytes, each compacted on its own
+  kColumns, // per segment a bitmask of columns that the whole panel keeps; then as kDense
+};
+enum Kind { kCode2, kCode3, kCode4, kCode8, kFloat32, kFloat16, kBfloat16 };
+
+constexpr bool is_float(Kind kind) { return kind >= kFloat32; }
+// Columns that a step covers.
+constexpr int step_columns(Kind kind) {
+  return kind == kCode2 ? 16 : kind == kCode3 ? 32 : kind == kCode4 ? 8 : kind == kCode8 ? 4 : 1;
+}
+// Bytes of a step of kDense and kColumns.
+constexpr int step_bytes(Kind kind) {
+  return kind == kCode3 ? 192 : kind == kFloat16 || kind == kBfloat16 ? 32 : 64;
+}
+
+struct Segment {
+  int64_t first;   // its first column in W
+  int32_t columns;
+  int32_t steps;   // ceil(columns / step); kColumns: ceil(columns / 64) words of mask
+  int64_t start;   // where its columns begin in a padded row of activations
+  int32_t scale;   // which activation scale it has
+};
+
+struct Weight {
+  int64_t n, k, panels, padded; // padded: columns of a padded row of activations
+  Family family;
+  Kind kind;
+  int32_t zero;
+  bool zero_points;
+  int64_t a8_scales;             // activation scales per row
+  int32_t segment_count;
+  const Segment *segments;
+  const int64_t *panel;          // panels + 1 offsets into data
+  int64_t zeros_at, counts_at, masks_at, codes_at; // within a panel
+  uint8_t *data;                 // 64-byte aligned, 64 readable bytes beyond the end
+
+  const uint8_t *at(int64_t p) const { return data + panel[p]; }
+};
+
+// m rows of activations in the order of a Weight's segments, zero where padded.
+struct Activations {
+  const char *rows;      // (m, padded) int8 codes or float32
+  int64_t stride;        // bytes from row to row
+  const int32_t *sums;   // (m, segments) sums of codes; null for floats
+  const float *scales;   // (m, a8_scales); null for floats
+  bool codes;
+};
+
+// Buffers of one thread. `Need` says how large they must be.
+struct Scratch {
+  uint8_t *units;   // 2 panels × kMaxSegment columns
+  char *compact;    // activations of the columns that a panel keeps
+  int32_t *sums;    // and their sums
+};
+
+struct Isa {
+  const char *name;
+  bool (*runs_here)();
+  // Codes and scales of one row x (k float32) of a padded row; sums per segment.
+  void (*quantize)(const Weight &, const float *x, int8_t *codes, float *scales, int32_t *sums);
+  // tile (rows, count · 16) += rows [row, row + rows) of x times panels [p, p + count)ᵀ.
+  void (*multiply)(const Weight &, const Activations &, int64_t row, int rows, int64_t p, int count,
+                   float *tile, const Scratch &);
+};
+
+extern const Isa kAmx, kAvx512, kAvx2, kNeon, kPortable;
+
+} // namespace sfx
+
+struct sfx_weight : sfx::Weight {};
