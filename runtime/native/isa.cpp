@@ -14,6 +14,7 @@ namespace {
 
 const Isa *const kIsas[] = {
 #if defined(__x86_64__)
+    &kAmx,
     &kAvx512,
 #endif
 };

@@ -63,17 +63,17 @@ struct Input { // as sfx_call has it, or the low-rank product
   int type;
 };
 
-// One row of x in the order of w, as floats or as codes.
+// One row of x in the order of w, in the form that `to` has.
 void prepare_row(const Isa &isa, const Weight &w, const Input &in, const Activations &to,
                  int64_t row, float *wide) {
   read(wide, in.x, row * in.stride, w.k, in.type);
   char *out = const_cast<char *>(to.rows) + row * to.stride;
-  if (to.codes) {
+  if (to.form == kParts) return isa.split(w, wide, to.parts, out, to.part_stride);
+  if (to.form == kCodes) {
     std::memset(out, 0, to.stride);
-    isa.quantize(w, wide, reinterpret_cast<int8_t *>(out),
-                 const_cast<float *>(to.scales) + row * w.a8_scales,
-                 const_cast<int32_t *>(to.sums) + row * w.segment_count);
-    return;
+    return isa.quantize(w, wide, reinterpret_cast<int8_t *>(out),
+                        const_cast<float *>(to.scales) + row * w.a8_scales,
+                        const_cast<int32_t *>(to.sums) + row * w.segment_count);
   }
   for (int32_t s = 0; s < w.segment_count; ++s) {
     const Segment &segment = w.segments[s];
@@ -87,19 +87,23 @@ void prepare_row(const Isa &isa, const Weight &w, const Input &in, const Activat
 Activations prepare(const Isa &isa, const Weight &w, const Input &in, bool a8, const sfx_call &call,
                     Arena &arena) {
   Activations out{};
-  out.codes = a8 && !is_float(w.kind);
-  if (!out.codes && in.type == SFX_F32 && w.padded == w.k) {
+  out.parts = a8 ? 0 : isa.parts(w, in.m, in.type);
+  out.form = a8 ? kCodes : out.parts ? kParts : kFloats;
+  if (out.form == kFloats && in.type == SFX_F32 && w.padded == w.k) {
     out.rows = static_cast<const char *>(in.x);
     out.stride = in.stride * 4;
     return out;
   }
-  out.stride = round_up(w.padded * (out.codes ? 1 : 4));
+  const int64_t size = out.form == kCodes ? 1 : out.form == kParts ? 2 : 4;
+  const int64_t rows = (in.m + kTile - 1) / kTile * kTile;
+  out.stride = round_up((w.padded + (out.form == kParts ? 64 : 0)) * size);
+  out.part_stride = rows * out.stride;
   const int64_t wide_stride = round_up(w.k * 4) / 4;
   const int64_t workers = std::min<int64_t>(in.m, std::max(call.threads, 1));
   float *wide = nullptr;
   lay_out(arena, [&](Pieces &p) {
-    out.rows = p.take<char>(in.m * out.stride);
-    if (out.codes) {
+    out.rows = p.take<char>(std::max(out.parts, 1) * out.part_stride);
+    if (out.form == kCodes) {
       out.scales = p.take<float>(in.m * w.a8_scales);
       out.sums = p.take<int32_t>(in.m * w.segment_count);
     }
@@ -117,7 +121,7 @@ Scratch scratch_for(const Weight &w, int rows, Arena &arena) {
   const int64_t wide = std::max<int64_t>(w.padded, kMaxSegment) + 128;
   const int64_t compact = rows > 4 ? rows * (kMaxSegment + 128) * 4 : 4 * wide * 4;
   lay_out(arena, [&](Pieces &p) {
-    out.units = p.take<uint8_t>(2 * kMaxSegment * kUnit);
+    out.units = p.take<uint8_t>(3 * kMaxSegment * kUnit);
     out.compact = p.take<char>(w.family == kColumns ? compact : 0);
     out.sums = p.take<int32_t>(rows * static_cast<int64_t>(w.segment_count));
   });

@@ -66,18 +66,28 @@ struct Weight {
   const uint8_t *at(int64_t p) const { return data + panel[p]; }
 };
 
+enum Form {
+  kFloats, // float32
+  kCodes,  // int8, with their scales and sums
+  kParts,  // bfloat16 parts whose sum is the float, one matrix after the other
+};
+
 // m rows of activations in the order of a Weight's segments, zero where padded.
 struct Activations {
-  const char *rows;      // (m, padded) int8 codes or float32
-  int64_t stride;        // bytes from row to row
-  const int32_t *sums;   // (m, segments) sums of codes; null for floats
-  const float *scales;   // (m, a8_scales); null for floats
-  bool codes;
+  Form form;
+  int parts;            // kParts: 1 to 3
+  const char *rows;     // (m, padded); readable to the next multiple of kTile rows
+  int64_t stride;       // bytes from row to row
+  int64_t part_stride;  // and from part to part
+  const int32_t *sums;  // kCodes: (m, segments) sums of codes
+  const float *scales;  // kCodes: (m, a8_scales)
 };
+
+constexpr int kTile = 32; // rows that a matrix unit takes at once
 
 // Buffers of one thread. `Need` says how large they must be.
 struct Scratch {
-  uint8_t *units;   // 2 panels × kMaxSegment columns
+  uint8_t *units;   // 3 × kMaxSegment decoded columns as floats
   char *compact;    // activations of the columns that a panel keeps
   int32_t *sums;    // and their sums
 };
@@ -85,12 +95,18 @@ struct Scratch {
 struct Isa {
   const char *name;
   bool (*runs_here)();
+  // How many bfloat16 parts a product of m rows wants of activations of this type; 0: floats.
+  int (*parts)(const Weight &, int64_t m, int x_type);
+  // The parts of one row x (k float32) of a padded row; null if parts is always 0.
+  void (*split)(const Weight &, const float *x, int parts, char *row, int64_t part_stride);
   // Codes and scales of one row x (k float32) of a padded row; sums per segment.
   void (*quantize)(const Weight &, const float *x, int8_t *codes, float *scales, int32_t *sums);
   // tile (rows, count · 16) += rows [row, row + rows) of x times panels [p, p + count)ᵀ.
   void (*multiply)(const Weight &, const Activations &, int64_t row, int rows, int64_t p, int count,
                    float *tile, const Scratch &);
 };
+
+inline int no_parts(const Weight &, int64_t, int) { return 0; }
 
 extern const Isa kAmx, kAvx512, kAvx2, kNeon, kPortable;
 

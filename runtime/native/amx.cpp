@@ -1,0 +1,280 @@
+// AMX: 16×16 tiles of int8 or bfloat16 products, for products of many rows; the rest is AVX-512's.
+//
+// Weights are decoded into signed bytes, zero points subtracted, so that no sums need correcting.
+// Float activations are cut into three bfloat16 parts whose sum they are, bit for bit; codes are
+// exact in bfloat16, so the products are exact and only their sums round, as in float32.
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "weight.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,f16c,fma,avx2,bmi2,popcnt,amx-tile,amx-int8,amx-bf16")
+#define SFX_ISA amx
+#include "vec_avx512.h"
+
+#include "kernels.h"
+
+namespace sfx {
+namespace amx {
+
+constexpr int kManyRows = 12; // from here tiles are faster than vectors
+constexpr int kTileBytes = 1024;
+
+// Registers 0…3 hold 2×2 tiles of sums, 4 and 5 rows of x, 6 and 7 panels of W.
+struct alignas(64) Config {
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The segment's units as signed bytes, `words` × 16 of them, zero behind the last column.
+template <class Reader>
+int decode_bytes(Reader &reader, I zero, int steps, uint8_t *out) {
+  const I offset = V::mul(zero, V::set(0x01010101));
+  uint8_t *at = out;
+  for (int i = 0; i < steps; ++i) {
+    reader.next();
+#pragma GCC unroll 8
+    for (int j = 0; j < Reader::kUnits; ++j, at += kUnit)
+      V::store(at, _mm512_sub_epi8(reader.unit(j), offset));
+  }
+  const int words = (steps * Reader::kUnits + 15) / 16;
+  for (uint8_t *end = out + words * kTileBytes; at < end; at += kUnit) V::store(at, V::zero());
+  return words;
+}
+
+// Byte shuffles that put the first bytes of a lane where a mask of 4 columns has its ones.
+struct Spread {
+  alignas(64) uint8_t control[16][64];
+  Spread() {
+    for (int mask = 0; mask < 16; ++mask)
+      for (int i = 0; i < 64; ++i) {
+        const int before = __builtin_popcount(mask & ((1 << (i % 4)) - 1));
+        control[mask][i] =
+            mask >> (i % 4) & 1 ? static_cast<uint8_t>(i / 4 % 4 * 4 + before) : uint8_t(0x80);
+      }
+  }
+};
+const Spread kSpread;
+
+// Units of the columns that a panel keeps, side by side, to units of all columns.
+void spread(const uint8_t *masks, int words, const uint8_t *from, uint8_t *to) {
+  int column = 0;
+  for (int i = 0; i < words; ++i) {
+    uint64_t mask;
+    __builtin_memcpy(&mask, masks + 8 * i, 8);
+    for (int j = 0; j < 16; ++j, mask >>= 4, to += kUnit) {
+      const uint8_t *at = from + column / 4 * kUnit;
+      const I shift = V::set(8 * (column % 4));
+      const I lane = _mm512_shrdv_epi32(V::load(at), V::load(at + kUnit), shift);
+      V::store(to, _mm512_shuffle_epi8(lane, V::load(kSpread.control[mask & 15])));
+      column += __builtin_popcount(static_cast<unsigned>(mask & 15));
+    }
+  }
+}
+
+// Signed bytes, 4 columns to a lane, to bfloat16, 2 columns to a lane.
+void widen(const uint8_t *from, int units, uint8_t *to) {
+  for (int i = 0; i < units; ++i, from += kUnit) {
+    const I v = V::load(from);
+    for (int half = 0; half < 2; ++half, to += kUnit) {
+      const I low = _mm512_srai_epi32(V::shift_left(v, 24 - 16 * half), 24);
+      const I high = _mm512_srai_epi32(V::shift_left(v, 16 - 16 * half), 24);
+      const I l = _mm512_castps_si512(V::to_float(low));
+      const I h = _mm512_castps_si512(V::to_float(high));
+      V::store(to, V::select(V::set(static_cast<int32_t>(0xffff0000)), h, V::shift_right(l, 16)));
+    }
+  }
+}
+
+template <bool kInt, int kRowTiles, int kPanels>
+void tiles(const char *x, int64_t stride, const uint8_t *units, int64_t panel_bytes, int words) {
+  for (int k = 0; k < words; ++k, x += 64, units += kTileBytes) {
+    _tile_loadd(4, x, stride);
+    if (kRowTiles == 2) _tile_loadd(5, x + 16 * stride, stride);
+    _tile_loadd(6, units, 64);
+    if (kPanels == 2) _tile_loadd(7, units + panel_bytes, 64);
+    if constexpr (kInt) {
+      _tile_dpbssd(0, 4, 6);
+      if (kPanels == 2) _tile_dpbssd(1, 4, 7);
+      if (kRowTiles == 2) _tile_dpbssd(2, 5, 6);
+      if (kRowTiles == 2 && kPanels == 2) _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      if (kPanels == 2) _tile_dpbf16ps(1, 4, 7);
+      if (kRowTiles == 2) _tile_dpbf16ps(2, 5, 6);
+      if (kRowTiles == 2 && kPanels == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+// Where a block of up to 32 rows and 2 panels comes from and goes to.
+struct Block {
+  const Activations &x;
+  const char *from; // the segment in its first row of x
+  const uint8_t *units;
+  int64_t panel_bytes;
+  int words;
+  const F *scales;
+  float *tile;
+  int64_t tile_stride;
+  const float *x_scales; // per row, `x_scales_stride` apart
+  int64_t x_scales_stride;
+};
+
+template <bool kInt, int kRowTiles, int kPanels> void block(const Block &b, int rows) {
+  alignas(64) uint8_t sums[4][kTileBytes];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int part = 0; part < (kInt ? 1 : b.x.parts); ++part)
+    tiles<kInt, kRowTiles, kPanels>(b.from + part * b.x.part_stride, b.x.stride, b.units,
+                                    b.panel_bytes, b.words);
+  _tile_stored(0, sums[0], 64);
+  if (kPanels == 2) _tile_stored(1, sums[1], 64);
+  if (kRowTiles == 2) _tile_stored(2, sums[2], 64);
+  if (kRowTiles == 2 && kPanels == 2) _tile_stored(3, sums[3], 64);
+  for (int r = 0; r < rows; ++r)
+    for (int q = 0; q < kPanels; ++q) {
+      const uint8_t *from = sums[r / 16 * 2 + q] + r % 16 * 64;
+      float *to = b.tile + r * b.tile_stride + kRows * q;
+      F sum = kInt ? V::to_float(V::load(from)) : V::loadf(reinterpret_cast<const float *>(from));
+      F scale = kInt ? V::mulf(b.scales[q], V::setf(b.x_scales[r * b.x_scales_stride])) : b.scales[q];
+      V::storef(to, V::fma(sum, scale, V::loadf(to)));
+    }
+}
+
+template <bool kInt, int kPanels> void blocks(Block b, int rows) {
+  for (; rows > 0; rows -= kTile) {
+    if (rows > 16)
+      block<kInt, 2, kPanels>(b, rows < kTile ? rows : kTile);
+    else
+      block<kInt, 1, kPanels>(b, rows);
+    b.from += kTile * b.x.stride;
+    b.tile += kTile * b.tile_stride;
+    if (kInt) b.x_scales += kTile * b.x_scales_stride;
+  }
+}
+
+template <class Reader>
+void run(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int count,
+         float *tile, const Scratch &scratch) {
+  constexpr int64_t kPanelBytes = int64_t(kMaxSegment) * kRows * 2 + kTileBytes;
+  const bool codes = x.form == kCodes;
+  uint8_t *bytes = scratch.units + 2 * kPanelBytes, *kept = bytes + kPanelBytes;
+  Reader readers[2] = {Reader(w, w.at(p)), Reader(w, w.at(p + count - 1))};
+  Scaling scaling[2] = {Scaling(w, w.at(p), w.at(p + count)),
+                        Scaling(w, w.at(p + count - 1), w.at(p + count))};
+  for (int s = 0; s < w.segment_count; ++s) {
+    const Segment &segment = w.segments[s];
+    F scales[2];
+    Block b{x, nullptr, scratch.units, kPanelBytes, 0, scales, tile, count * kRows,
+            nullptr, w.a8_scales};
+    for (int q = 0; q < count; ++q) {
+      const uint8_t *panel = w.at(p + q);
+      scaling[q].begin(s);
+      readers[q].begin(scaling[q].zero);
+      scales[q] = scaling[q].scale;
+      uint8_t *units = scratch.units + q * kPanelBytes, *dense = codes ? units : bytes;
+      if (w.family == kColumns) {
+        const uint32_t *counts = reinterpret_cast<const uint32_t *>(panel + w.counts_at);
+        decode_bytes(readers[q], scaling[q].zero, static_cast<int>(counts[s]), kept);
+        spread(panel + w.masks_at + segment.start / 8, segment.steps, kept, dense);
+        b.words = segment.steps;
+      } else {
+        b.words = decode_bytes(readers[q], scaling[q].zero, segment.steps, dense);
+      }
+      if (!codes) widen(dense, b.words * 16, units);
+    }
+    if (!codes) b.words *= 2;
+    b.from = x.rows + row * x.stride + segment.start * (codes ? 1 : 2);
+    if (codes) b.x_scales = x.scales + row * w.a8_scales + segment.scale;
+    if (codes)
+      count == 2 ? blocks<true, 2>(b, rows) : blocks<true, 1>(b, rows);
+    else
+      count == 2 ? blocks<false, 2>(b, rows) : blocks<false, 1>(b, rows);
+  }
+}
+
+template <Family kFamily, class... Args> void run_tiles(const Weight &w, Args... args) {
+  if (w.kind == kCode2) return run<Codes<kFamily, kCode2, false>>(w, args...);
+  if (w.kind == kCode4) return run<Codes<kFamily, kCode4, false>>(w, args...);
+  if (w.kind == kCode8) return run<Codes<kFamily, kCode8, false>>(w, args...);
+  if constexpr (kFamily == kDense) run<Codes<kDense, kCode3, false>>(w, args...);
+}
+
+// Codes whose distance from their zero point fits a signed byte.
+bool fits(const Weight &w) {
+  return !is_float(w.kind) && !(w.kind == kCode8 && (w.zero_points || w.zero > 128));
+}
+
+int parts(const Weight &w, int64_t m, int x_type) {
+  if (m < kManyRows || !fits(w)) return 0;
+  return x_type == SFX_F32 ? 3 : x_type == SFX_F16 ? 2 : 1;
+}
+
+// x = parts[0] + parts[1] + parts[2]: 8 bits of the significand each, cut off, not rounded.
+void split(const Weight &w, const float *x, int parts, char *row, int64_t part_stride) {
+  for (int32_t s = 0; s < w.segment_count; ++s) {
+    const Segment &segment = w.segments[s];
+    const int64_t end = s + 1 < w.segment_count ? w.segments[s + 1].start : (w.padded + 64 + 31) / 32 * 32;
+    for (int64_t c = 0; c < end - segment.start; c += 16) {
+      const int64_t left = segment.columns - c;
+      const __mmask16 some =
+          left >= 16 ? __mmask16(0xffff) : left > 0 ? __mmask16((1 << left) - 1) : __mmask16(0);
+      const int64_t room = end - segment.start - c;
+      const __mmask16 all = room >= 16 ? __mmask16(0xffff) : __mmask16((1 << room) - 1);
+      F rest = _mm512_maskz_loadu_ps(some, x + segment.first + c);
+      for (int part = 0; part < parts; ++part) {
+        const I bits = _mm512_castps_si512(rest);
+        char *to = row + part * part_stride + (segment.start + c) * 2;
+        _mm512_mask_cvtepi32_storeu_epi16(to, all, V::shift_right(bits, 16));
+        const I head = V::bits_and(bits, V::set(static_cast<int32_t>(0xffff0000)));
+        // What is not finite has no further parts: inf - inf would make a NaN of an infinity.
+        const __mmask16 finite = static_cast<__mmask16>(~_mm512_fpclass_ps_mask(rest, 0x99));
+        rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(head));
+      }
+    }
+  }
+}
+
+void multiply_tiles(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p,
+                    int count, float *tile, const Scratch &scratch) {
+  static const Config config;
+  _tile_loadconfig(&config);
+  if (w.family == kLanes)
+    run_tiles<kLanes>(w, x, row, rows, p, count, tile, scratch);
+  else if (w.family == kBytes)
+    run_tiles<kBytes>(w, x, row, rows, p, count, tile, scratch);
+  else
+    run_tiles<kDense>(w, x, row, rows, p, count, tile, scratch);
+  _tile_release();
+}
+
+void any_rows(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int count,
+              float *tile, const Scratch &scratch) {
+  const bool many = x.form == kParts || (x.form == kCodes && rows >= kManyRows && fits(w));
+  (many ? multiply_tiles : kAvx512.multiply)(w, x, row, rows, p, count, tile, scratch);
+}
+
+void quantize(const Weight &w, const float *x, int8_t *codes, float *scales, int32_t *sums) {
+  kAvx512.quantize(w, x, codes, scales, sums);
+}
+
+bool allowed() {
+  constexpr int kRequest = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return !syscall(SYS_arch_prctl, kRequest, kTileData);
+}
+
+bool runs_here() {
+  return kAvx512.runs_here() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && allowed();
+}
+
+} // namespace amx
+
+const Isa kAmx = {"amx", amx::runs_here, amx::parts, amx::split, amx::quantize, amx::any_rows};
+} // namespace sfx
+#endif
