@@ -158,43 +158,62 @@ template <bool kInt, int kPanels> void blocks(Block b, int rows) {
   }
 }
 
+constexpr int64_t kBytes8 = int64_t(kMaxSegment) * kRows + kTileBytes; // a segment's signed bytes
+constexpr int64_t kBytes16 = 2 * kBytes8;                             // and its bfloat16 values
+
+// Segment s of one panel as units of the type that meets x; returns words of 64 columns.
+template <class Reader>
+int decode_panel(const Weight &w, Reader &reader, const Scaling &scaling, int s, bool codes,
+                 uint8_t *units, uint8_t *room) {
+  const Segment &segment = w.segments[s];
+  uint8_t *dense = codes ? units : room, *kept = room + kBytes8;
+  int words = segment.steps;
+  if (w.family == kColumns) {
+    const uint32_t *counts = reinterpret_cast<const uint32_t *>(scaling.panel + w.counts_at);
+    decode_bytes(reader, scaling.zero, static_cast<int>(counts[s]), kept);
+    spread(scaling.panel + w.masks_at + segment.start / 8, words, kept, dense);
+  } else {
+    words = decode_bytes(reader, scaling.zero, words, dense);
+  }
+  if (!codes) widen(dense, words * 16, units);
+  return words;
+}
+
 template <class Reader>
 void run(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int count,
          float *tile, const Scratch &scratch) {
-  constexpr int64_t kPanelBytes = int64_t(kMaxSegment) * kRows * 2 + kTileBytes;
   const bool codes = x.form == kCodes;
-  uint8_t *bytes = scratch.units + 2 * kPanelBytes, *kept = bytes + kPanelBytes;
-  Reader readers[2] = {Reader(w, w.at(p)), Reader(w, w.at(p + count - 1))};
-  Scaling scaling[2] = {Scaling(w, w.at(p), w.at(p + count)),
-                        Scaling(w, w.at(p + count - 1), w.at(p + count))};
+  const int64_t panel_bytes = codes ? kBytes8 : kBytes16;
+  Cursor cursors[kMostPanels];
+  Scaling scaling[kMostPanels];
+  F scales[kMostPanels];
+  for (int q = 0; q < count; ++q) scaling[q].start(w, p + q);
   for (int s = 0; s < w.segment_count; ++s) {
     const Segment &segment = w.segments[s];
-    F scales[2];
-    Block b{x, nullptr, scratch.units, kPanelBytes, 0, scales, tile, count * kRows,
-            nullptr, w.a8_scales};
+    int words = 0;
     for (int q = 0; q < count; ++q) {
-      const uint8_t *panel = w.at(p + q);
+      Reader reader(w, scaling[q].panel);
+      if (s) cursors[q].restore(reader);
       scaling[q].begin(s);
-      readers[q].begin(scaling[q].zero);
+      reader.begin(scaling[q].zero);
       scales[q] = scaling[q].scale;
-      uint8_t *units = scratch.units + q * kPanelBytes, *dense = codes ? units : bytes;
-      if (w.family == kColumns) {
-        const uint32_t *counts = reinterpret_cast<const uint32_t *>(panel + w.counts_at);
-        decode_bytes(readers[q], scaling[q].zero, static_cast<int>(counts[s]), kept);
-        spread(panel + w.masks_at + segment.start / 8, segment.steps, kept, dense);
-        b.words = segment.steps;
-      } else {
-        b.words = decode_bytes(readers[q], scaling[q].zero, segment.steps, dense);
-      }
-      if (!codes) widen(dense, b.words * 16, units);
+      words = decode_panel(w, reader, scaling[q], s, codes, scratch.units + q * panel_bytes,
+                           scratch.units + kMostPanels * kBytes16);
+      cursors[q].save(reader);
     }
-    if (!codes) b.words *= 2;
-    b.from = x.rows + row * x.stride + segment.start * (codes ? 1 : 2);
-    if (codes) b.x_scales = x.scales + row * w.a8_scales + segment.scale;
-    if (codes)
-      count == 2 ? blocks<true, 2>(b, rows) : blocks<true, 1>(b, rows);
-    else
-      count == 2 ? blocks<false, 2>(b, rows) : blocks<false, 1>(b, rows);
+    Block b{x, x.rows + row * x.stride + segment.start * (codes ? 1 : 2), scratch.units,
+            panel_bytes, codes ? words : 2 * words, scales, tile, count * kRows,
+            codes ? x.scales + row * w.a8_scales + segment.scale : nullptr, w.a8_scales};
+    for (int q = 0; q < count; q += 2) {
+      const bool two = q + 2 <= count;
+      if (codes)
+        two ? blocks<true, 2>(b, rows) : blocks<true, 1>(b, rows);
+      else
+        two ? blocks<false, 2>(b, rows) : blocks<false, 1>(b, rows);
+      b.units += 2 * panel_bytes;
+      b.scales += 2;
+      b.tile += 2 * kRows;
+    }
   }
 }
 

@@ -42,28 +42,43 @@ template <> struct Mac<false> {
 
 // The scales and zero points of one panel, and how a segment's sums enter the result.
 struct Scaling {
-  const Weight &w;
+  const Weight *w;
   const uint8_t *panel, *next;
   F scale;
   I zero;
 
-  Scaling(const Weight &weight, const uint8_t *at, const uint8_t *after)
-      : w(weight), panel(at), next(after) {
+  void start(const Weight &weight, int64_t p) {
+    w = &weight;
+    panel = weight.at(p);
+    next = weight.at(p + 1);
     scale = V::setf(1.0f);
-    zero = V::set(w.zero);
+    zero = V::set(weight.zero);
   }
   SFX_INLINE void begin(int s) {
-    if (is_float(w.kind)) return;
+    if (is_float(w->kind)) return;
     scale = V::load_half(panel + 32 * s);
     V::prefetch(next + 32 * s);
-    if (w.zero_points) zero = V::load_bytes(panel + w.zeros_at + kRows * s);
+    if (w->zero_points) zero = V::load_bytes(panel + w->zeros_at + kRows * s);
   }
   SFX_INLINE F finish(F result, F acc, int32_t, float) const {
     return V::fma(acc, scale, result);
   }
   SFX_INLINE F finish(F result, I acc, int32_t sum, float x_scale) const {
-    I offset = w.zero_points ? V::mul(zero, V::set(sum)) : V::set(w.zero * sum);
+    I offset = w->zero_points ? V::mul(zero, V::set(sum)) : V::set(w->zero * sum);
     return V::fma(V::to_float(V::sub(acc, offset)), V::mulf(scale, V::setf(x_scale)), result);
+  }
+};
+
+// Where the reading of a panel goes on.
+struct Cursor {
+  const uint8_t *codes, *masks;
+  template <class Reader> void save(const Reader &reader) {
+    codes = reader.codes;
+    masks = reader.masks;
+  }
+  template <class Reader> void restore(Reader &reader) const {
+    reader.codes = codes;
+    reader.masks = masks;
   }
 };
 
@@ -94,7 +109,8 @@ void direct(const Weight &w, int64_t p, Rows x, float *tile, int64_t tile_stride
   constexpr int kChains = kM == 1 ? 4 : 1;
   const uint8_t *panel = w.at(p);
   Reader reader(w, panel);
-  Scaling scaling(w, panel, w.at(p + 1));
+  Scaling scaling;
+  scaling.start(w, p);
   const uint32_t *counts =
       w.family == kColumns ? reinterpret_cast<const uint32_t *>(panel + w.counts_at) : nullptr;
   const char *at[kM];

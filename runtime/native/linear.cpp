@@ -89,14 +89,15 @@ Activations prepare(const Isa &isa, const Weight &w, const Input &in, bool a8, c
   Activations out{};
   out.parts = a8 ? 0 : isa.parts(w, in.m, in.type);
   out.form = a8 ? kCodes : out.parts ? kParts : kFloats;
-  if (out.form == kFloats && in.type == SFX_F32 && w.padded == w.k) {
+  if (out.form == kFloats && in.type == SFX_F32 && w.padded == w.k && in.m < kTile) {
     out.rows = static_cast<const char *>(in.x);
     out.stride = in.stride * 4;
     return out;
   }
   const int64_t size = out.form == kCodes ? 1 : out.form == kParts ? 2 : 4;
   const int64_t rows = (in.m + kTile - 1) / kTile * kTile;
-  out.stride = round_up((w.padded + (out.form == kParts ? 64 : 0)) * size);
+  // An odd number of cache lines: rows a power of two apart would fight for the same cache sets.
+  out.stride = round_up((w.padded + (out.form == kParts ? 64 : 0)) * size) | kUnit;
   out.part_stride = rows * out.stride;
   const int64_t wide_stride = round_up(w.k * 4) / 4;
   const int64_t workers = std::min<int64_t>(in.m, std::max(call.threads, 1));
@@ -119,9 +120,9 @@ Activations prepare(const Isa &isa, const Weight &w, const Input &in, bool a8, c
 Scratch scratch_for(const Weight &w, int rows, Arena &arena) {
   Scratch out{};
   const int64_t wide = std::max<int64_t>(w.padded, kMaxSegment) + 128;
-  const int64_t compact = rows > 4 ? rows * (kMaxSegment + 128) * 4 : 4 * wide * 4;
+  const int64_t compact = (rows > 4 ? rows * (kMaxSegment + 256) : 4 * wide) * 4;
   lay_out(arena, [&](Pieces &p) {
-    out.units = p.take<uint8_t>(3 * kMaxSegment * kUnit);
+    out.units = p.take<uint8_t>((kMostPanels + 1) * kMaxSegment * kUnit);
     out.compact = p.take<char>(w.family == kColumns ? compact : 0);
     out.sums = p.take<int32_t>(rows * static_cast<int64_t>(w.segment_count));
   });
@@ -131,7 +132,7 @@ Scratch scratch_for(const Weight &w, int rows, Arena &arena) {
 // Bias, activation, multiply, residual; then to the output's type.
 void finish(const sfx_call &call, int64_t n, float *tile, int64_t stride, int64_t row, int rows,
             int64_t column, int64_t columns) {
-  float other[2 * kRows];
+  float other[kMostPanels * kRows];
   for (int r = 0; r < rows; ++r) {
     float *v = tile + r * stride;
     if (call.bias) {
@@ -157,11 +158,10 @@ struct Product {
   Activations x;
 };
 
-void pair_of_panels(const Isa &isa, const sfx_call &call, const Product *products, int count,
-                    int64_t p) {
+void some_panels(const Isa &isa, const sfx_call &call, const Product *products, int count,
+                 int64_t p, int panels) {
   thread_local Arena tile_arena, scratch_arena;
   const Weight &w = *products[0].w;
-  const int panels = static_cast<int>(std::min<int64_t>(2, w.panels - p));
   const int64_t stride = panels * kRows;
   const int64_t column = p * kRows, columns = std::min(stride, w.n - column);
   const int most = static_cast<int>(std::min(call.m, kTileRows));
@@ -177,12 +177,17 @@ void pair_of_panels(const Isa &isa, const sfx_call &call, const Product *product
   }
 }
 
+// Every thread gets the same number of tiles, as wide as that allows.
 void all_panels(const Isa &isa, const sfx_call &call, const Product *products, int count) {
-  const int64_t pairs = (products[0].w->panels + 1) / 2;
-  const int64_t tasks = std::min<int64_t>(pairs, std::max(call.threads, 1));
+  const int64_t panels = products[0].w->panels, threads = std::max(call.threads, 1);
+  const int64_t tiles = (panels + kMostPanels * threads - 1) / (kMostPanels * threads) * threads;
+  const int64_t tasks = std::min(panels, threads);
   parallel(call, tasks, [&](int64_t t) {
-    for (int64_t i = pairs * t / tasks; i < pairs * (t + 1) / tasks; ++i)
-      pair_of_panels(isa, call, products, count, 2 * i);
+    for (int64_t i = tiles * t / tasks; i < tiles * (t + 1) / tasks; ++i) {
+      const int64_t first = panels * i / tiles, last = panels * (i + 1) / tiles;
+      if (first < last)
+        some_panels(isa, call, products, count, first, static_cast<int>(last - first));
+    }
   });
 }
 

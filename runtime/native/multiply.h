@@ -52,38 +52,54 @@ void few(const Weight &w, int64_t p, Rows x, int rows, float *tile, int64_t stri
   if (r < rows) direct<Reader, kCodes, 1>(w, p, x.from(r), tile + r * stride, stride);
 }
 
-template <class Reader, bool kCodes, int kN>
-void many(const Weight &w, Rows x, int rows, int64_t p, float *tile, int64_t stride,
+// Decodes segment s of `count` panels, one after the other; `cursors` say where each goes on.
+// Returns the units of one panel.
+template <class Reader, bool kCodes>
+int decode_panels(const Weight &w, Cursor *cursors, Scaling *scaling, int s, int steps, int count,
+                  uint8_t *units) {
+  constexpr int64_t kPanelBytes = int64_t(kMaxSegment) * (kCodes ? kRows : kUnit);
+  int64_t bytes = 0;
+  for (int q = 0; q < count; ++q, units += kPanelBytes) {
+    Reader reader(w, scaling[q].panel);
+    if (s) cursors[q].restore(reader);
+    scaling[q].begin(s);
+    reader.begin(scaling[q].zero);
+    bytes = decode<Reader, kCodes>(reader, steps, units) - units;
+    cursors[q].save(reader);
+  }
+  return static_cast<int>(bytes / kUnit);
+}
+
+template <class Reader, bool kCodes>
+void many(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile, int64_t stride,
           const Scratch &scratch) {
   constexpr int64_t kPanelBytes = int64_t(kMaxSegment) * (kCodes ? kRows : kUnit);
   constexpr int kSize = kCodes ? 1 : 4;
-  Reader readers[2] = {Reader(w, w.at(p)), Reader(w, w.at(p + kN - 1))};
-  Scaling scaling[2] = {Scaling(w, w.at(p), w.at(p + kN)),
-                        Scaling(w, w.at(p + kN - 1), w.at(p + kN))};
-  const bool columns = w.family == kColumns;
+  Cursor cursors[kMostPanels];
+  Scaling scaling[kMostPanels];
+  for (int q = 0; q < count; ++q) scaling[q].start(w, p + q);
+  const bool columns = w.family == kColumns; // then count is 1: panels keep different columns
   const uint32_t *counts = reinterpret_cast<const uint32_t *>(w.at(p) + w.counts_at);
-  const int segments = w.segment_count;
-  for (int s = 0; s < segments; ++s) {
+  for (int s = 0; s < w.segment_count; ++s) {
     const Segment &segment = w.segments[s];
     const int steps = columns ? static_cast<int>(counts[s]) : segment.steps;
-    if (!steps) continue;
-    int64_t bytes = 0;
-    for (int q = 0; q < kN; ++q) {
-      scaling[q].begin(s);
-      readers[q].begin(scaling[q].zero);
-      uint8_t *units = scratch.units + q * kPanelBytes;
-      bytes = decode<Reader, kCodes>(readers[q], steps, units) - units;
-    }
+    const int units = decode_panels<Reader, kCodes>(w, cursors, scaling, s, steps, count,
+                                                    scratch.units);
     Rows part = x;
     part.x += segment.start * kSize;
     if (columns) {
-      part.stride = (int64_t(kMaxSegment) + 128) * kSize;
+      part.stride = ((int64_t(kMaxSegment) + 128) * kSize) | kUnit;
       compact<kCodes>(w, w.at(p), x, rows, s, s + 1, scratch.compact, part.stride, scratch.sums);
       part.x = scratch.compact;
       part.sums = kCodes ? scratch.sums : nullptr;
     }
-    blocks<kCodes, kN>(scaling, scratch.units, kPanelBytes, static_cast<int>(bytes / kUnit), part,
-                       rows, s, segment.scale, tile, stride);
+    int q = 0;
+    for (; q + 2 <= count; q += 2)
+      blocks<kCodes, 2>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units, part,
+                        rows, s, segment.scale, tile + q * kRows, stride);
+    if (q < count)
+      blocks<kCodes, 1>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units, part,
+                        rows, s, segment.scale, tile + q * kRows, stride);
   }
 }
 
@@ -105,11 +121,11 @@ void run(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile,
       }
       few<Reader, kCodes>(w, p + q, part, rows, tile + q * kRows, stride);
     }
-  } else if (count == 2 && !columns) {
-    many<Reader, kCodes, 2>(w, x, rows, p, tile, stride, scratch);
-  } else {
+  } else if (columns) {
     for (int q = 0; q < count; ++q)
-      many<Reader, kCodes, 1>(w, x, rows, p + q, tile + q * kRows, stride, scratch);
+      many<Reader, kCodes>(w, x, rows, p + q, 1, tile + q * kRows, stride, scratch);
+  } else {
+    many<Reader, kCodes>(w, x, rows, p, count, tile, stride, scratch);
   }
 }
 

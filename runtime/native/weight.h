@@ -22,7 +22,8 @@ namespace sfx {
 
 constexpr int kRows = 16;        // rows of a panel
 constexpr int kUnit = 64;        // bytes of a unit
-constexpr int kMaxSegment = 1024; // columns: decoded units stay in cache, sums stay in int32
+constexpr int kMaxSegment = 512; // columns: decoded units stay in cache, sums in int32
+constexpr int kMostPanels = 8;    // that a tile of results is wide: what reading x is shared by
 
 enum Family {
   kDense,   // every position; no masks
@@ -87,7 +88,7 @@ constexpr int kTile = 32; // rows that a matrix unit takes at once
 
 // Buffers of one thread. `Need` says how large they must be.
 struct Scratch {
-  uint8_t *units;   // 3 × kMaxSegment decoded columns as floats
+  uint8_t *units;   // kMostPanels + 1 decoded segments, as floats
   char *compact;    // activations of the columns that a panel keeps
   int32_t *sums;    // and their sums
 };
@@ -101,7 +102,8 @@ struct Isa {
   void (*split)(const Weight &, const float *x, int parts, char *row, int64_t part_stride);
   // Codes and scales of one row x (k float32) of a padded row; sums per segment.
   void (*quantize)(const Weight &, const float *x, int8_t *codes, float *scales, int32_t *sums);
-  // tile (rows, count · 16) += rows [row, row + rows) of x times panels [p, p + count)ᵀ.
+  // tile (rows, count · 16) += rows [row, row + rows) of x times panels [p, p + count)ᵀ;
+  // count ≤ kMostPanels.
   void (*multiply)(const Weight &, const Activations &, int64_t row, int rows, int64_t p, int count,
                    float *tile, const Scratch &);
 };
