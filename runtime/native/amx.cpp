@@ -20,6 +20,7 @@ namespace amx {
 
 constexpr int kManyRows = 12; // from here tiles are faster than vectors
 constexpr int kTileBytes = 1024;
+const float kOne = 1; // the scale of activations that have none
 
 // Registers 0…3 hold 2×2 tiles of sums, 4 and 5 rows of x, 6 and 7 panels of W.
 struct alignas(64) Config {
@@ -109,62 +110,88 @@ void tiles(const char *x, int64_t stride, const uint8_t *units, int64_t panel_by
   }
 }
 
-// Where a block of up to 32 rows and 2 panels comes from and goes to.
-struct Block {
-  const Activations &x;
-  const char *from; // the segment in its first row of x
-  const uint8_t *units;
-  int64_t panel_bytes;
-  int words;
-  const F *scales;
-  float *tile;
-  int64_t tile_stride;
-  const float *x_scales; // per row, `x_scales_stride` apart
-  int64_t x_scales_stride;
+constexpr int kStretch = 16; // segments decoded at a time, of kMaxSegment columns together
+
+// A segment of a stretch: its words of 64 columns, where its units lie and its columns of x.
+struct Part {
+  int words, units, x, x_scale;
 };
 
-template <bool kInt, int kRowTiles, int kPanels> void block(const Block &b, int rows) {
-  alignas(64) uint8_t sums[4][kTileBytes];
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int part = 0; part < (kInt ? 1 : b.x.parts); ++part)
-    tiles<kInt, kRowTiles, kPanels>(b.from + part * b.x.part_stride, b.x.stride, b.units,
-                                    b.panel_bytes, b.words);
-  _tile_stored(0, sums[0], 64);
-  if (kPanels == 2) _tile_stored(1, sums[1], 64);
-  if (kRowTiles == 2) _tile_stored(2, sums[2], 64);
-  if (kRowTiles == 2 && kPanels == 2) _tile_stored(3, sums[3], 64);
-  for (int r = 0; r < rows; ++r)
-    for (int q = 0; q < kPanels; ++q) {
-      const uint8_t *from = sums[r / 16 * 2 + q] + r % 16 * 64;
-      float *to = b.tile + r * b.tile_stride + kRows * q;
-      F sum = kInt ? V::to_float(V::load(from)) : V::loadf(reinterpret_cast<const float *>(from));
-      F scale = kInt ? V::mulf(b.scales[q], V::setf(b.x_scales[r * b.x_scales_stride])) : b.scales[q];
-      V::storef(to, V::fma(sum, scale, V::loadf(to)));
-    }
-}
+// Up to 32 rows times up to 2 panels times a stretch.
+struct Block {
+  const Activations &x;
+  const Part *parts;
+  int count;
+  const char *from;     // the stretch in the first row of x
+  const uint8_t *units; // of the first panel
+  int64_t panel_bytes;
+  const F *scales;      // count for each panel
+  const float *x_scales;
+  int64_t x_scales_stride;
+  float *tile;
+  int64_t tile_stride;
+};
 
-template <bool kInt, int kPanels> void blocks(Block b, int rows) {
-  for (; rows > 0; rows -= kTile) {
-    if (rows > 16)
-      block<kInt, 2, kPanels>(b, rows < kTile ? rows : kTile);
-    else
-      block<kInt, 1, kPanels>(b, rows);
-    b.from += kTile * b.x.stride;
-    b.tile += kTile * b.tile_stride;
-    if (kInt) b.x_scales += kTile * b.x_scales_stride;
+// tile += sums · scales
+template <bool kInt>
+void add_tile(const uint8_t *sums, F scale, const float *x_scales, int64_t x_scales_stride,
+              int rows, float *tile, int64_t tile_stride) {
+  for (int r = 0; r < rows; ++r, sums += 64, tile += tile_stride) {
+    if constexpr (kInt) {
+      const F both = V::mulf(scale, V::setf(x_scales[r * x_scales_stride]));
+      V::storef(tile, V::fma(V::to_float(V::load(sums)), both, V::loadf(tile)));
+    } else {
+      const F sum = V::loadf(reinterpret_cast<const float *>(sums));
+      V::storef(tile, V::fma(sum, scale, V::loadf(tile)));
+    }
   }
 }
 
-constexpr int64_t kBytes8 = int64_t(kMaxSegment) * kRows + kTileBytes; // a segment's signed bytes
-constexpr int64_t kBytes16 = 2 * kBytes8;                             // and its bfloat16 values
+template <bool kInt, int kRowTiles, int kPanels> void block(const Block &b, int rows) {
+  alignas(64) uint8_t sums[4][kTileBytes];
+  for (int i = 0; i < b.count; ++i) {
+    const Part &part = b.parts[i];
+    _tile_zero(0);
+    if (kPanels == 2) _tile_zero(1);
+    if (kRowTiles == 2) _tile_zero(2);
+    if (kRowTiles == 2 && kPanels == 2) _tile_zero(3);
+    for (int slice = 0; slice < (kInt ? 1 : b.x.parts); ++slice)
+      tiles<kInt, kRowTiles, kPanels>(b.from + part.x + slice * b.x.part_stride, b.x.stride,
+                                      b.units + part.units, b.panel_bytes, part.words);
+    _tile_stored(0, sums[0], 64);
+    if (kPanels == 2) _tile_stored(1, sums[1], 64);
+    if (kRowTiles == 2) _tile_stored(2, sums[2], 64);
+    if (kRowTiles == 2 && kPanels == 2) _tile_stored(3, sums[3], 64);
+    for (int h = 0; h < kRowTiles; ++h)
+      for (int q = 0; q < kPanels; ++q)
+        add_tile<kInt>(sums[2 * h + q], b.scales[q * kStretch + i],
+                       b.x_scales + 16 * h * b.x_scales_stride + part.x_scale, b.x_scales_stride,
+                       rows - 16 * h < 16 ? rows - 16 * h : 16,
+                       b.tile + 16 * h * b.tile_stride + kRows * q, b.tile_stride);
+  }
+}
+
+template <bool kInt> void panels_of_rows(Block b, int panels, int rows) {
+  for (int q = 0; q < panels; q += 2) {
+    if (rows > 16)
+      panels - q > 1 ? block<kInt, 2, 2>(b, rows) : block<kInt, 2, 1>(b, rows);
+    else
+      panels - q > 1 ? block<kInt, 1, 2>(b, rows) : block<kInt, 1, 1>(b, rows);
+    b.units += 2 * b.panel_bytes;
+    b.scales += 2 * kStretch;
+    b.tile += 2 * kRows;
+  }
+}
+
+// What a stretch of one panel takes as signed bytes and as bfloat16; each segment is padded.
+constexpr int64_t kBytes8 = (int64_t(kMaxSegment) + 64 * kStretch) * kRows + kTileBytes;
+constexpr int64_t kBytes16 = 2 * kBytes8;
+static_assert(kMostPanels * kBytes16 + 2 * kBytes8 <= kUnitsBytes, "scratch is too small");
 
 // Segment s of one panel as units of the type that meets x; returns words of 64 columns.
 template <class Reader>
-int decode_panel(const Weight &w, Reader &reader, const Scaling &scaling, int s, bool codes,
-                 uint8_t *units, uint8_t *room) {
+int decode_segment(const Weight &w, Reader &reader, const Scaling &scaling, int s, bool codes,
+                   uint8_t *units, uint8_t *room) {
   const Segment &segment = w.segments[s];
   uint8_t *dense = codes ? units : room, *kept = room + kBytes8;
   int words = segment.steps;
@@ -179,40 +206,63 @@ int decode_panel(const Weight &w, Reader &reader, const Scaling &scaling, int s,
   return words;
 }
 
+// Segments [first, first + count) of one panel; fills in `parts` and the panel's scales.
 template <class Reader>
-void run(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int count,
+void decode_stretch(const Weight &w, Cursor &cursor, Scaling &scaling, int first, int count,
+                    bool codes, Part *parts, F *scales, uint8_t *units, uint8_t *room) {
+  Reader reader(w, scaling.panel);
+  if (first) cursor.restore(reader);
+  int at = 0;
+  for (int i = 0; i < count; ++i) {
+    const Segment &segment = w.segments[first + i];
+    scaling.begin(first + i);
+    reader.begin(scaling.zero);
+    scales[i] = scaling.scale;
+    int words = decode_segment(w, reader, scaling, first + i, codes, units + at, room);
+    words *= codes ? 1 : 2;
+    const int64_t x = (segment.start - w.segments[first].start) * (codes ? 1 : 2);
+    parts[i] = {words, at, static_cast<int>(x), codes ? segment.scale : 0};
+    at += words * kTileBytes;
+  }
+  cursor.save(reader);
+}
+
+// How many segments from `first` on make a stretch.
+int stretch(const Weight &w, int first) {
+  int count = 1, columns = w.segments[first].columns;
+  while (count < kStretch && first + count < w.segment_count) {
+    columns += w.segments[first + count].columns;
+    if (columns > kMaxSegment) break;
+    ++count;
+  }
+  return count;
+}
+
+template <class Reader>
+void run(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int panels,
          float *tile, const Scratch &scratch) {
   const bool codes = x.form == kCodes;
   const int64_t panel_bytes = codes ? kBytes8 : kBytes16;
   Cursor cursors[kMostPanels];
   Scaling scaling[kMostPanels];
-  F scales[kMostPanels];
-  for (int q = 0; q < count; ++q) scaling[q].start(w, p + q);
-  for (int s = 0; s < w.segment_count; ++s) {
-    const Segment &segment = w.segments[s];
-    int words = 0;
-    for (int q = 0; q < count; ++q) {
-      Reader reader(w, scaling[q].panel);
-      if (s) cursors[q].restore(reader);
-      scaling[q].begin(s);
-      reader.begin(scaling[q].zero);
-      scales[q] = scaling[q].scale;
-      words = decode_panel(w, reader, scaling[q], s, codes, scratch.units + q * panel_bytes,
-                           scratch.units + kMostPanels * kBytes16);
-      cursors[q].save(reader);
-    }
-    Block b{x, x.rows + row * x.stride + segment.start * (codes ? 1 : 2), scratch.units,
-            panel_bytes, codes ? words : 2 * words, scales, tile, count * kRows,
-            codes ? x.scales + row * w.a8_scales + segment.scale : nullptr, w.a8_scales};
-    for (int q = 0; q < count; q += 2) {
-      const bool two = q + 2 <= count;
-      if (codes)
-        two ? blocks<true, 2>(b, rows) : blocks<true, 1>(b, rows);
-      else
-        two ? blocks<false, 2>(b, rows) : blocks<false, 1>(b, rows);
-      b.units += 2 * panel_bytes;
-      b.scales += 2;
-      b.tile += 2 * kRows;
+  F scales[kMostPanels * kStretch];
+  Part parts[kStretch];
+  for (int q = 0; q < panels; ++q) scaling[q].start(w, p + q);
+  for (int s = 0, count; s < w.segment_count; s += count) {
+    count = stretch(w, s);
+    for (int q = 0; q < panels; ++q)
+      decode_stretch<Reader>(w, cursors[q], scaling[q], s, count, codes, parts,
+                             scales + q * kStretch, scratch.units + q * panel_bytes,
+                             scratch.units + kMostPanels * kBytes16);
+    const char *from = x.rows + row * x.stride + w.segments[s].start * (codes ? 1 : 2);
+    const float *x_scales = codes ? x.scales + row * w.a8_scales : &kOne;
+    const int64_t x_scales_stride = codes ? w.a8_scales : 0;
+    for (int r = 0; r < rows; r += kTile) {
+      const Block b{x, parts, count, from + r * x.stride, scratch.units, panel_bytes, scales,
+                    x_scales + r * x_scales_stride, x_scales_stride,
+                    tile + r * panels * kRows, panels * kRows};
+      const int left = rows - r < kTile ? rows - r : kTile;
+      codes ? panels_of_rows<true>(b, panels, left) : panels_of_rows<false>(b, panels, left);
     }
   }
 }

@@ -66,12 +66,16 @@ struct Input { // as sfx_call has it, or the low-rank product
 // One row of x in the order of w, in the form that `to` has.
 void prepare_row(const Isa &isa, const Weight &w, const Input &in, const Activations &to,
                  int64_t row, float *wide) {
-  read(wide, in.x, row * in.stride, w.k, in.type);
+  const float *x = static_cast<const float *>(in.x) + row * in.stride;
+  if (in.type != SFX_F32) {
+    read(wide, in.x, row * in.stride, w.k, in.type);
+    x = wide;
+  }
   char *out = const_cast<char *>(to.rows) + row * to.stride;
-  if (to.form == kParts) return isa.split(w, wide, to.parts, out, to.part_stride);
+  if (to.form == kParts) return isa.split(w, x, to.parts, out, to.part_stride);
   if (to.form == kCodes) {
     std::memset(out, 0, to.stride);
-    return isa.quantize(w, wide, reinterpret_cast<int8_t *>(out),
+    return isa.quantize(w, x, reinterpret_cast<int8_t *>(out),
                         const_cast<float *>(to.scales) + row * w.a8_scales,
                         const_cast<int32_t *>(to.sums) + row * w.segment_count);
   }
@@ -79,7 +83,7 @@ void prepare_row(const Isa &isa, const Weight &w, const Input &in, const Activat
     const Segment &segment = w.segments[s];
     const int64_t end = s + 1 < w.segment_count ? w.segments[s + 1].start : w.padded;
     float *at = reinterpret_cast<float *>(out) + segment.start;
-    std::memcpy(at, wide + segment.first, segment.columns * 4);
+    std::memcpy(at, x + segment.first, segment.columns * 4);
     std::memset(at + segment.columns, 0, (end - segment.start - segment.columns) * 4);
   }
 }
@@ -122,7 +126,7 @@ Scratch scratch_for(const Weight &w, int rows, Arena &arena) {
   const int64_t wide = std::max<int64_t>(w.padded, kMaxSegment) + 128;
   const int64_t compact = (rows > 4 ? rows * (kMaxSegment + 256) : 4 * wide) * 4;
   lay_out(arena, [&](Pieces &p) {
-    out.units = p.take<uint8_t>((kMostPanels + 1) * kMaxSegment * kUnit);
+    out.units = p.take<uint8_t>(kUnitsBytes);
     out.compact = p.take<char>(w.family == kColumns ? compact : 0);
     out.sums = p.take<int32_t>(rows * static_cast<int64_t>(w.segment_count));
   });

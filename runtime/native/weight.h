@@ -84,11 +84,12 @@ struct Activations {
   const float *scales;  // kCodes: (m, a8_scales)
 };
 
+constexpr int64_t kUnitsBytes = 512 << 10;
 constexpr int kTile = 32; // rows that a matrix unit takes at once
 
 // Buffers of one thread. `Need` says how large they must be.
 struct Scratch {
-  uint8_t *units;   // kMostPanels + 1 decoded segments, as floats
+  uint8_t *units;   // kUnitsBytes of decoded weights
   char *compact;    // activations of the columns that a panel keeps
   int32_t *sums;    // and their sums
 };
