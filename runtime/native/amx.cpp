@@ -1,7 +1,7 @@
 // AMX: 16×16 tiles of int8 or bfloat16 products, for products of many rows; the rest is AVX-512's.
 //
 // Weights are decoded into signed bytes, zero points subtracted, so that no sums need correcting.
-// Float activations are cut into three bfloat16 parts whose sum they are, bit for bit; codes are
+// Float activations are cut into three bfloat16 slices whose sum they are, bit for bit; codes are
 // exact in bfloat16, so the products are exact and only their sums round, as in float32.
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -19,7 +19,7 @@ namespace sfx {
 namespace amx {
 
 constexpr int kManyRows = 12; // from here tiles are faster than vectors
-constexpr int kTileBytes = 1024;
+constexpr int kPair = 2 * kTileRows; // rows that a block takes
 const float kOne = 1; // the scale of activations that have none
 
 // Registers 0…3 hold 2×2 tiles of sums, 4 and 5 rows of x, 6 and 7 panels of W.
@@ -90,10 +90,10 @@ void widen(const uint8_t *from, int units, uint8_t *to) {
 }
 
 template <bool kInt, int kRowTiles, int kPanels>
-void tiles(const char *x, int64_t stride, const uint8_t *units, int64_t panel_bytes, int words) {
-  for (int k = 0; k < words; ++k, x += 64, units += kTileBytes) {
-    _tile_loadd(4, x, stride);
-    if (kRowTiles == 2) _tile_loadd(5, x + 16 * stride, stride);
+void tiles(const char *x, int64_t next_rows, const uint8_t *units, int64_t panel_bytes, int words) {
+  for (int k = 0; k < words; ++k, x += kTileBytes, units += kTileBytes) {
+    _tile_loadd(4, x, 64);
+    if (kRowTiles == 2) _tile_loadd(5, x + next_rows, 64);
     _tile_loadd(6, units, 64);
     if (kPanels == 2) _tile_loadd(7, units + panel_bytes, 64);
     if constexpr (kInt) {
@@ -112,7 +112,7 @@ void tiles(const char *x, int64_t stride, const uint8_t *units, int64_t panel_by
 
 constexpr int kStretch = 16; // segments decoded at a time, of kMaxSegment columns together
 
-// A segment of a stretch: its words of 64 columns, where its units lie and its columns of x.
+// A segment of a stretch: its tiles, where its units lie and its tiles of x.
 struct Part {
   int words, units, x, x_scale;
 };
@@ -122,7 +122,8 @@ struct Block {
   const Activations &x;
   const Part *parts;
   int count;
-  const char *from;     // the stretch in the first row of x
+  const char *from;     // the stretch in the first tile of x
+  int64_t next_rows;    // bytes from a tile to the one of the next 16 rows
   const uint8_t *units; // of the first panel
   int64_t panel_bytes;
   const F *scales;      // count for each panel
@@ -155,8 +156,8 @@ template <bool kInt, int kRowTiles, int kPanels> void block(const Block &b, int 
     if (kPanels == 2) _tile_zero(1);
     if (kRowTiles == 2) _tile_zero(2);
     if (kRowTiles == 2 && kPanels == 2) _tile_zero(3);
-    for (int slice = 0; slice < (kInt ? 1 : b.x.parts); ++slice)
-      tiles<kInt, kRowTiles, kPanels>(b.from + part.x + slice * b.x.part_stride, b.x.stride,
+    for (int slice = 0; slice < (kInt ? 1 : b.x.slices); ++slice)
+      tiles<kInt, kRowTiles, kPanels>(b.from + part.x + slice * b.x.stride, b.next_rows,
                                       b.units + part.units, b.panel_bytes, part.words);
     _tile_stored(0, sums[0], 64);
     if (kPanels == 2) _tile_stored(1, sums[1], 64);
@@ -220,8 +221,8 @@ void decode_stretch(const Weight &w, Cursor &cursor, Scaling &scaling, int first
     scales[i] = scaling.scale;
     int words = decode_segment(w, reader, scaling, first + i, codes, units + at, room);
     words *= codes ? 1 : 2;
-    const int64_t x = (segment.start - w.segments[first].start) * (codes ? 1 : 2);
-    parts[i] = {words, at, static_cast<int>(x), codes ? segment.scale : 0};
+    const int x = (segment.word - w.segments[first].word) * kTileBytes * (codes ? 1 : 2);
+    parts[i] = {words, at, x, codes ? segment.scale : 0};
     at += words * kTileBytes;
   }
   cursor.save(reader);
@@ -241,7 +242,8 @@ int stretch(const Weight &w, int first) {
 template <class Reader>
 void run(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int panels,
          float *tile, const Scratch &scratch) {
-  const bool codes = x.form == kCodes;
+  const bool codes = x.codes;
+  const int64_t next_rows = w.words * kTileBytes * (codes ? 1 : 2);
   const int64_t panel_bytes = codes ? kBytes8 : kBytes16;
   Cursor cursors[kMostPanels];
   Scaling scaling[kMostPanels];
@@ -254,14 +256,15 @@ void run(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p
       decode_stretch<Reader>(w, cursors[q], scaling[q], s, count, codes, parts,
                              scales + q * kStretch, scratch.units + q * panel_bytes,
                              scratch.units + kMostPanels * kBytes16);
-    const char *from = x.rows + row * x.stride + w.segments[s].start * (codes ? 1 : 2);
+    const char *from = x.data + w.segments[s].word * kTileBytes * (codes ? 1 : 2);
     const float *x_scales = codes ? x.scales + row * w.a8_scales : &kOne;
     const int64_t x_scales_stride = codes ? w.a8_scales : 0;
-    for (int r = 0; r < rows; r += kTile) {
-      const Block b{x, parts, count, from + r * x.stride, scratch.units, panel_bytes, scales,
+    for (int r = 0; r < rows; r += kPair) {
+      const char *rows_from = from + (row + r) / kTileRows * next_rows;
+      const Block b{x, parts, count, rows_from, next_rows, scratch.units, panel_bytes, scales,
                     x_scales + r * x_scales_stride, x_scales_stride,
                     tile + r * panels * kRows, panels * kRows};
-      const int left = rows - r < kTile ? rows - r : kTile;
+      const int left = rows - r < kPair ? rows - r : kPair;
       codes ? panels_of_rows<true>(b, panels, left) : panels_of_rows<false>(b, panels, left);
     }
   }
@@ -279,32 +282,47 @@ bool fits(const Weight &w) {
   return !is_float(w.kind) && !(w.kind == kCode8 && (w.zero_points || w.zero > 128));
 }
 
-int parts(const Weight &w, int64_t m, int x_type) {
+int slices(const Weight &w, int64_t m, int x_type, bool codes) {
   if (m < kManyRows || !fits(w)) return 0;
-  return x_type == SFX_F32 ? 3 : x_type == SFX_F16 ? 2 : 1;
+  return codes || x_type == SFX_BF16 ? 1 : x_type == SFX_F16 ? 2 : 3;
 }
 
-// x = parts[0] + parts[1] + parts[2]: 8 bits of the significand each, cut off, not rounded.
-void split(const Weight &w, const float *x, int parts, char *row, int64_t part_stride) {
+// x = the sum of its slices: 8 bits of the significand each, cut off, not rounded.
+void split(const float *x, int columns, int64_t tiles, char *to, const Activations &out) {
+  for (int64_t i = 0; i < 2 * tiles; ++i) { // 16 columns at a time
+    const int64_t left = columns - 16 * i;
+    const __mmask16 some =
+        left >= 16 ? __mmask16(0xffff) : left > 0 ? __mmask16((1 << left) - 1) : __mmask16(0);
+    F rest = _mm512_maskz_loadu_ps(some, x + 16 * i);
+    for (int slice = 0; slice < out.slices; ++slice) {
+      const I bits = _mm512_castps_si512(rest);
+      __m256i *at = reinterpret_cast<__m256i *>(to + slice * out.stride + i / 2 * kTileBytes);
+      _mm256_storeu_si256(at + i % 2, _mm512_cvtepi32_epi16(V::shift_right(bits, 16)));
+      const I head = V::bits_and(bits, V::set(static_cast<int32_t>(0xffff0000)));
+      // What is not finite has no further slices: inf - inf would make a NaN of an infinity.
+      const __mmask16 finite = static_cast<__mmask16>(~_mm512_fpclass_ps_mask(rest, 0x99));
+      rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(head));
+    }
+  }
+}
+
+void tile(const Weight &w, const void *from, int64_t row, const Activations &to) {
+  const int wide = to.codes ? 1 : 2;
+  char *out = const_cast<char *>(to.data) + row / kTileRows * w.words * kTileBytes * wide +
+              row % kTileRows * 64;
   for (int32_t s = 0; s < w.segment_count; ++s) {
     const Segment &segment = w.segments[s];
-    const int64_t end = s + 1 < w.segment_count ? w.segments[s + 1].start : (w.padded + 64 + 31) / 32 * 32;
-    for (int64_t c = 0; c < end - segment.start; c += 16) {
-      const int64_t left = segment.columns - c;
-      const __mmask16 some =
-          left >= 16 ? __mmask16(0xffff) : left > 0 ? __mmask16((1 << left) - 1) : __mmask16(0);
-      const int64_t room = end - segment.start - c;
-      const __mmask16 all = room >= 16 ? __mmask16(0xffff) : __mmask16((1 << room) - 1);
-      F rest = _mm512_maskz_loadu_ps(some, x + segment.first + c);
-      for (int part = 0; part < parts; ++part) {
-        const I bits = _mm512_castps_si512(rest);
-        char *to = row + part * part_stride + (segment.start + c) * 2;
-        _mm512_mask_cvtepi32_storeu_epi16(to, all, V::shift_right(bits, 16));
-        const I head = V::bits_and(bits, V::set(static_cast<int32_t>(0xffff0000)));
-        // What is not finite has no further parts: inf - inf would make a NaN of an infinity.
-        const __mmask16 finite = static_cast<__mmask16>(~_mm512_fpclass_ps_mask(rest, 0x99));
-        rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(head));
-      }
+    const int64_t words = (segment.columns + 63) / 64;
+    char *at = out + segment.word * kTileBytes * wide;
+    if (!to.codes) {
+      split(static_cast<const float *>(from) + segment.first, segment.columns, 2 * words, at, to);
+      continue;
+    }
+    const int8_t *codes = static_cast<const int8_t *>(from) + segment.start;
+    for (int64_t i = 0; i < words; ++i) {
+      const int64_t left = segment.columns - 64 * i;
+      const __mmask64 some = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+      V::store(at + i * kTileBytes, _mm512_maskz_loadu_epi8(some, codes + 64 * i));
     }
   }
 }
@@ -324,8 +342,7 @@ void multiply_tiles(const Weight &w, const Activations &x, int64_t row, int rows
 
 void any_rows(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int count,
               float *tile, const Scratch &scratch) {
-  const bool many = x.form == kParts || (x.form == kCodes && rows >= kManyRows && fits(w));
-  (many ? multiply_tiles : kAvx512.multiply)(w, x, row, rows, p, count, tile, scratch);
+  (x.slices ? multiply_tiles : kAvx512.multiply)(w, x, row, rows, p, count, tile, scratch);
 }
 
 void quantize(const Weight &w, const float *x, int8_t *codes, float *scales, int32_t *sums) {
@@ -344,6 +361,6 @@ bool runs_here() {
 
 } // namespace amx
 
-const Isa kAmx = {"amx", amx::runs_here, amx::parts, amx::split, amx::quantize, amx::any_rows};
+const Isa kAmx = {"amx", amx::runs_here, amx::slices, amx::tile, amx::quantize, amx::any_rows};
 } // namespace sfx
 #endif

@@ -13,6 +13,6 @@ static bool runs_here() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
 }
-const Isa kAvx512 = {"avx512", runs_here, no_parts, nullptr, avx512::quantize, avx512::multiply};
+const Isa kAvx512 = {"avx512", runs_here, no_slices, nullptr, avx512::quantize, avx512::multiply};
 } // namespace sfx
 #endif

@@ -13,7 +13,7 @@
 namespace sfx {
 namespace {
 
-constexpr int64_t kTileRows = 256; // rows of a tile: what decoding a panel is shared by
+constexpr int64_t kMostRows = 256; // of a tile of results: what decoding a panel is shared by
 
 // Memory that a thread keeps from call to call, so that none is allocated in the steady state.
 class Arena {
@@ -63,22 +63,30 @@ struct Input { // as sfx_call has it, or the low-rank product
   int type;
 };
 
-// One row of x in the order of w, in the form that `to` has.
+// Rooms of one worker of `prepare`: a row of x as float32 and as codes.
+struct Room {
+  float *wide;
+  int8_t *codes;
+};
+
+// One row of x in the order of w, as `to` wants it.
 void prepare_row(const Isa &isa, const Weight &w, const Input &in, const Activations &to,
-                 int64_t row, float *wide) {
+                 int64_t row, const Room &room) {
   const float *x = static_cast<const float *>(in.x) + row * in.stride;
   if (in.type != SFX_F32) {
-    read(wide, in.x, row * in.stride, w.k, in.type);
-    x = wide;
+    read(room.wide, in.x, row * in.stride, w.k, in.type);
+    x = room.wide;
   }
-  char *out = const_cast<char *>(to.rows) + row * to.stride;
-  if (to.form == kParts) return isa.split(w, x, to.parts, out, to.part_stride);
-  if (to.form == kCodes) {
-    std::memset(out, 0, to.stride);
-    return isa.quantize(w, x, reinterpret_cast<int8_t *>(out),
-                        const_cast<float *>(to.scales) + row * w.a8_scales,
-                        const_cast<int32_t *>(to.sums) + row * w.segment_count);
+  char *out = const_cast<char *>(to.data) + (to.slices ? 0 : row * to.stride);
+  if (to.codes) {
+    int8_t *codes = to.slices ? room.codes : reinterpret_cast<int8_t *>(out);
+    std::memset(codes, 0, w.padded);
+    isa.quantize(w, x, codes, const_cast<float *>(to.scales) + row * w.a8_scales,
+                 const_cast<int32_t *>(to.sums) + row * w.segment_count);
+    if (to.slices) isa.tile(w, codes, row, to);
+    return;
   }
+  if (to.slices) return isa.tile(w, x, row, to);
   for (int32_t s = 0; s < w.segment_count; ++s) {
     const Segment &segment = w.segments[s];
     const int64_t end = s + 1 < w.segment_count ? w.segments[s + 1].start : w.padded;
@@ -90,33 +98,33 @@ void prepare_row(const Isa &isa, const Weight &w, const Input &in, const Activat
 
 Activations prepare(const Isa &isa, const Weight &w, const Input &in, bool a8, const sfx_call &call,
                     Arena &arena) {
+  constexpr int64_t kDirectRows = 8; // up to here rows of x are read where they are
   Activations out{};
-  out.parts = a8 ? 0 : isa.parts(w, in.m, in.type);
-  out.form = a8 ? kCodes : out.parts ? kParts : kFloats;
-  if (out.form == kFloats && in.type == SFX_F32 && w.padded == w.k && in.m < kTile) {
-    out.rows = static_cast<const char *>(in.x);
+  out.codes = a8;
+  out.slices = isa.slices(w, in.m, in.type, a8);
+  const bool as_it_is = in.type == SFX_F32 && w.padded == w.k && in.m <= kDirectRows;
+  if (!a8 && !out.slices && as_it_is) {
+    out.data = static_cast<const char *>(in.x);
     out.stride = in.stride * 4;
     return out;
   }
-  const int64_t size = out.form == kCodes ? 1 : out.form == kParts ? 2 : 4;
-  const int64_t rows = (in.m + kTile - 1) / kTile * kTile;
-  // An odd number of cache lines: rows a power of two apart would fight for the same cache sets.
-  out.stride = round_up((w.padded + (out.form == kParts ? 64 : 0)) * size) | kUnit;
-  out.part_stride = rows * out.stride;
-  const int64_t wide_stride = round_up(w.k * 4) / 4;
+  const int64_t tiles = (in.m + 2 * kTileRows - 1) / (2 * kTileRows) * 2 * w.words;
+  // Rows an odd number of cache lines apart do not fight for the same sets of the cache.
+  out.stride = out.slices ? tiles * kTileBytes * (a8 ? 1 : 2)
+                          : round_up(w.padded * (a8 ? 1 : 4)) | kUnit;
   const int64_t workers = std::min<int64_t>(in.m, std::max(call.threads, 1));
-  float *wide = nullptr;
+  Room rooms{};
   lay_out(arena, [&](Pieces &p) {
-    out.rows = p.take<char>(std::max(out.parts, 1) * out.part_stride);
-    if (out.form == kCodes) {
-      out.scales = p.take<float>(in.m * w.a8_scales);
-      out.sums = p.take<int32_t>(in.m * w.segment_count);
-    }
-    wide = p.take<float>(workers * wide_stride);
+    out.data = p.take<char>((out.slices ? out.slices : in.m) * out.stride);
+    out.scales = p.take<float>(a8 ? in.m * w.a8_scales : 0);
+    out.sums = p.take<int32_t>(a8 ? in.m * w.segment_count : 0);
+    rooms.wide = p.take<float>(workers * (w.k + kUnit));
+    rooms.codes = p.take<int8_t>(workers * (w.padded + kUnit));
   });
   parallel(call, workers, [&](int64_t t) {
+    const Room room{rooms.wide + t * (w.k + kUnit), rooms.codes + t * (w.padded + kUnit)};
     for (int64_t row = in.m * t / workers; row < in.m * (t + 1) / workers; ++row)
-      prepare_row(isa, w, in, out, row, wide + t * wide_stride);
+      prepare_row(isa, w, in, out, row, room);
   });
   return out;
 }
@@ -168,10 +176,10 @@ void some_panels(const Isa &isa, const sfx_call &call, const Product *products, 
   const Weight &w = *products[0].w;
   const int64_t stride = panels * kRows;
   const int64_t column = p * kRows, columns = std::min(stride, w.n - column);
-  const int most = static_cast<int>(std::min(call.m, kTileRows));
+  const int most = static_cast<int>(std::min(call.m, kMostRows));
   float *tile = reinterpret_cast<float *>(tile_arena.get(most * stride * 4 + kUnit));
-  for (int64_t row = 0; row < call.m; row += kTileRows) {
-    const int rows = static_cast<int>(std::min(kTileRows, call.m - row));
+  for (int64_t row = 0; row < call.m; row += kMostRows) {
+    const int rows = static_cast<int>(std::min(kMostRows, call.m - row));
     std::memset(tile, 0, rows * stride * 4);
     for (int i = 0; i < count; ++i) {
       const Scratch scratch = scratch_for(*products[i].w, rows, scratch_arena);

@@ -159,11 +159,11 @@ template <Family kFamily, class... Args> void run_family(const Weight &w, bool c
 void multiply(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p, int count,
               float *tile, const Scratch &scratch) {
   const int64_t segments = int64_t(w.segment_count);
-  Rows part{x.rows + row * x.stride, x.stride, x.sums ? x.sums + row * segments : nullptr, segments,
+  Rows part{x.data + row * x.stride, x.stride, x.sums ? x.sums + row * segments : nullptr, segments,
             x.scales ? x.scales + row * w.a8_scales : nullptr, w.a8_scales};
-  if (w.family == kLanes) return run_family<kLanes>(w, x.form == kCodes, part, rows, p, count, tile, scratch);
-  if (w.family == kBytes) return run_family<kBytes>(w, x.form == kCodes, part, rows, p, count, tile, scratch);
-  run_family<kDense>(w, x.form == kCodes, part, rows, p, count, tile, scratch);
+  if (w.family == kLanes) return run_family<kLanes>(w, x.codes, part, rows, p, count, tile, scratch);
+  if (w.family == kBytes) return run_family<kBytes>(w, x.codes, part, rows, p, count, tile, scratch);
+  run_family<kDense>(w, x.codes, part, rows, p, count, tile, scratch);
 }
 
 // max |x|, as the bits of a float: above 0x7f800000 if any is not a number.

@@ -57,7 +57,7 @@ private:
   Kind kind_;
   Family family_;
   std::vector<Segment> segments_;
-  int64_t padded_ = 0;
+  int64_t padded_ = 0, words_ = 0;
   int64_t zeros_at_ = 0, counts_at_ = 0, masks_at_ = 0, codes_at_ = 0;
 
   Kind kind() const {
@@ -111,8 +111,10 @@ private:
       if (s_.a8_group) end = std::min(end, (c / s_.a8_group + 1) * s_.a8_group);
       const int64_t steps = ceil_div(end - c, unit);
       segments_.push_back({c, static_cast<int32_t>(end - c), static_cast<int32_t>(steps), padded_,
-                           static_cast<int32_t>(s_.a8_group ? c / s_.a8_group : 0)});
+                           static_cast<int32_t>(s_.a8_group ? c / s_.a8_group : 0),
+                           static_cast<int32_t>(words_)});
       padded_ += steps * unit;
+      words_ += ceil_div(end - c, 64);
       c = end;
     }
   }
@@ -240,6 +242,7 @@ private:
     w.k = s_.k;
     w.panels = panels;
     w.padded = padded_;
+    w.words = words_;
     w.family = family_;
     w.kind = kind_;
     w.zero = s_.zero;

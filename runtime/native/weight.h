@@ -49,10 +49,12 @@ struct Segment {
   int32_t steps;   // ceil(columns / step); kColumns: ceil(columns / 64) words of mask
   int64_t start;   // where its columns begin in a padded row of activations
   int32_t scale;   // which activation scale it has
+  int32_t word;    // where its columns begin in tiles of activations, counting 64 columns
 };
 
 struct Weight {
   int64_t n, k, panels, padded; // padded: columns of a padded row of activations
+  int64_t words; // of tiled activations: 64 columns each, segments begin at a whole one
   Family family;
   Kind kind;
   int32_t zero;
@@ -67,25 +69,21 @@ struct Weight {
   const uint8_t *at(int64_t p) const { return data + panel[p]; }
 };
 
-enum Form {
-  kFloats, // float32
-  kCodes,  // int8, with their scales and sums
-  kParts,  // bfloat16 parts whose sum is the float, one matrix after the other
-};
-
-// m rows of activations in the order of a Weight's segments, zero where padded.
+// m rows of activations in the order of a Weight's segments, zero where padded: int8 codes with
+// their scales and sums, or floats. As rows, or in tiles for a matrix unit: 16 rows × 64 bytes side
+// by side, tiles along K, then along m. Tiled floats are slices of bfloat16 that sum to the float.
 struct Activations {
-  Form form;
-  int parts;            // kParts: 1 to 3
-  const char *rows;     // (m, padded); readable to the next multiple of kTile rows
-  int64_t stride;       // bytes from row to row
-  int64_t part_stride;  // and from part to part
-  const int32_t *sums;  // kCodes: (m, segments) sums of codes
-  const float *scales;  // kCodes: (m, a8_scales)
+  bool codes;
+  int slices;           // 0: rows (int8 or float32); else tiles, one set per slice
+  const char *data;
+  int64_t stride;       // bytes from row to row, or from slice to slice
+  const int32_t *sums;  // of codes: (m, segments)
+  const float *scales;  // of codes: (m, a8_scales)
 };
 
+constexpr int kTileRows = 16;
+constexpr int kTileBytes = 1024;
 constexpr int64_t kUnitsBytes = 512 << 10;
-constexpr int kTile = 32; // rows that a matrix unit takes at once
 
 // Buffers of one thread. `Need` says how large they must be.
 struct Scratch {
@@ -97,10 +95,10 @@ struct Scratch {
 struct Isa {
   const char *name;
   bool (*runs_here)();
-  // How many bfloat16 parts a product of m rows wants of activations of this type; 0: floats.
-  int (*parts)(const Weight &, int64_t m, int x_type);
-  // The parts of one row x (k float32) of a padded row; null if parts is always 0.
-  void (*split)(const Weight &, const float *x, int parts, char *row, int64_t part_stride);
+  // How many slices of tiles a product of m rows wants; 0: rows.
+  int (*slices)(const Weight &, int64_t m, int x_type, bool codes);
+  // Puts row `row`, padded int8 codes or k float32, into its tiles; null if slices is always 0.
+  void (*tile)(const Weight &, const void *from, int64_t row, const Activations &to);
   // Codes and scales of one row x (k float32) of a padded row; sums per segment.
   void (*quantize)(const Weight &, const float *x, int8_t *codes, float *scales, int32_t *sums);
   // tile (rows, count · 16) += rows [row, row + rows) of x times panels [p, p + count)ᵀ;
@@ -109,7 +107,7 @@ struct Isa {
                    float *tile, const Scratch &);
 };
 
-inline int no_parts(const Weight &, int64_t, int) { return 0; }
+inline int no_slices(const Weight &, int64_t, int, bool) { return 0; }
 
 extern const Isa kAmx, kAvx512, kAvx2, kNeon, kPortable;
 
