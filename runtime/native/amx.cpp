@@ -89,9 +89,20 @@ void widen(const uint8_t *from, int units, uint8_t *to) {
   }
 }
 
+// Codes of the next stretch, fetched a few lines at a time while tiles are multiplied.
+struct Ahead {
+  const uint8_t *at, *end;
+  int lines; // per tile
+  void fetch() {
+    for (int i = 0; i < lines && at < end; ++i, at += kUnit) V::prefetch(at);
+  }
+};
+
 template <bool kInt, int kRowTiles, int kPanels>
-void tiles(const char *x, int64_t next_rows, const uint8_t *units, int64_t panel_bytes, int words) {
+void tiles(const char *x, int64_t next_rows, const uint8_t *units, int64_t panel_bytes, int words,
+           Ahead &ahead) {
   for (int k = 0; k < words; ++k, x += kTileBytes, units += kTileBytes) {
+    ahead.fetch();
     _tile_loadd(4, x, 64);
     if (kRowTiles == 2) _tile_loadd(5, x + next_rows, 64);
     _tile_loadd(6, units, 64);
@@ -131,6 +142,7 @@ struct Block {
   int64_t x_scales_stride;
   float *tile;
   int64_t tile_stride;
+  int tiles; // along the stretch, of all slices
 };
 
 // tile += sums · scales
@@ -148,7 +160,8 @@ void add_tile(const uint8_t *sums, F scale, const float *x_scales, int64_t x_sca
   }
 }
 
-template <bool kInt, int kRowTiles, int kPanels> void block(const Block &b, int rows) {
+template <bool kInt, int kRowTiles, int kPanels>
+void block(const Block &b, int rows, Ahead ahead) {
   alignas(64) uint8_t sums[4][kTileBytes];
   for (int i = 0; i < b.count; ++i) {
     const Part &part = b.parts[i];
@@ -158,7 +171,7 @@ template <bool kInt, int kRowTiles, int kPanels> void block(const Block &b, int 
     if (kRowTiles == 2 && kPanels == 2) _tile_zero(3);
     for (int slice = 0; slice < (kInt ? 1 : b.x.slices); ++slice)
       tiles<kInt, kRowTiles, kPanels>(b.from + part.x + slice * b.x.stride, b.next_rows,
-                                      b.units + part.units, b.panel_bytes, part.words);
+                                      b.units + part.units, b.panel_bytes, part.words, ahead);
     _tile_stored(0, sums[0], 64);
     if (kPanels == 2) _tile_stored(1, sums[1], 64);
     if (kRowTiles == 2) _tile_stored(2, sums[2], 64);
@@ -172,12 +185,18 @@ template <bool kInt, int kRowTiles, int kPanels> void block(const Block &b, int 
   }
 }
 
-template <bool kInt> void panels_of_rows(Block b, int panels, int rows) {
+// `turn` of `turns` blocks of rows: each fetches its share of what every panel needs next.
+template <bool kInt>
+void panels_of_rows(Block b, int panels, int rows, const Cursor *cursors, int turn, int turns) {
   for (int q = 0; q < panels; q += 2) {
+    const Cursor &next = cursors[q + (turn % 2 && q + 1 < panels)];
+    const int64_t share = 2 * next.last / turns + kUnit;
+    const uint8_t *from = next.codes + turn / 2 * share;
+    const Ahead ahead{from, from + share, static_cast<int>(share / kUnit / b.tiles) + 1};
     if (rows > 16)
-      panels - q > 1 ? block<kInt, 2, 2>(b, rows) : block<kInt, 2, 1>(b, rows);
+      panels - q > 1 ? block<kInt, 2, 2>(b, rows, ahead) : block<kInt, 2, 1>(b, rows, ahead);
     else
-      panels - q > 1 ? block<kInt, 1, 2>(b, rows) : block<kInt, 1, 1>(b, rows);
+      panels - q > 1 ? block<kInt, 1, 2>(b, rows, ahead) : block<kInt, 1, 1>(b, rows, ahead);
     b.units += 2 * b.panel_bytes;
     b.scales += 2 * kStretch;
     b.tile += 2 * kRows;
@@ -259,13 +278,17 @@ void run(const Weight &w, const Activations &x, int64_t row, int rows, int64_t p
     const char *from = x.data + w.segments[s].word * kTileBytes * (codes ? 1 : 2);
     const float *x_scales = codes ? x.scales + row * w.a8_scales : &kOne;
     const int64_t x_scales_stride = codes ? w.a8_scales : 0;
+    int tiles_along = 0;
+    for (int i = 0; i < count; ++i) tiles_along += parts[i].words * x.slices;
     for (int r = 0; r < rows; r += kPair) {
       const char *rows_from = from + (row + r) / kTileRows * next_rows;
       const Block b{x, parts, count, rows_from, next_rows, scratch.units, panel_bytes, scales,
                     x_scales + r * x_scales_stride, x_scales_stride,
-                    tile + r * panels * kRows, panels * kRows};
+                    tile + r * panels * kRows, panels * kRows, tiles_along};
       const int left = rows - r < kPair ? rows - r : kPair;
-      codes ? panels_of_rows<true>(b, panels, left) : panels_of_rows<false>(b, panels, left);
+      const int turn = r / kPair, turns = (rows + kPair - 1) / kPair;
+      codes ? panels_of_rows<true>(b, panels, left, cursors, turn, turns)
+            : panels_of_rows<false>(b, panels, left, cursors, turn, turns);
     }
   }
 }

@@ -71,8 +71,10 @@ struct Scaling {
 
 // Where the reading of a panel goes on.
 struct Cursor {
-  const uint8_t *codes, *masks;
+  const uint8_t *codes = nullptr, *masks;
+  int64_t last; // bytes of codes read since it was saved before
   template <class Reader> void save(const Reader &reader) {
+    last = codes ? reader.codes - codes : 0;
     codes = reader.codes;
     masks = reader.masks;
   }
