@@ -11,6 +11,10 @@ help:
 	@echo 'make test       the tests a change must pass'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make check-zoo  the tests over every model architecture'
+	@echo 'make test-neon  the CPU engine for ARM processors, emulated'
+	@echo 'make test-sanitize  the CPU engine under the address, undefined and thread sanitizers'
+	@echo 'make bench-cpu  time every kind of weight against other engines (5 minutes; ARGS=--full)'
+	@echo 'make bench-e2e  time whole models against other engines (an hour; ARGS=--help)'
 	@echo 'make lint       style, formatting and types'
 	@echo 'make wheel      build the wheel and source package into dist/'
 	@echo 'make clean      delete what these targets made'
@@ -29,6 +33,26 @@ test-slow: .venv/models.stamp
 check-zoo: .venv/zoo.stamp
 	@$(PYTEST) -m zoo --dist load
 
+bench-cpu: .venv/bench.stamp
+	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-e2e: .venv/e2e.stamp
+	@$(BIN)/python -m benchmarks.end_to_end $(ARGS)
+
+test-neon:
+	@command -v $(CROSS) >/dev/null && command -v $(EMULATOR) >/dev/null || { \
+	  echo 'This needs a compiler for ARM and an emulator, on Debian and Ubuntu from'; \
+	  echo '  apt install g++-aarch64-linux-gnu qemu-user-static'; \
+	  echo 'CROSS=… EMULATOR=… name others.'; exit 1; }
+	@$(MAKE) --no-print-directory -j 2 build/neon/check
+	$(EMULATOR) build/neon/check
+	$(EMULATOR) -cpu cortex-a57 build/neon/check
+
+test-sanitize:
+	@$(MAKE) --no-print-directory -j 2 build/address/check build/thread/check
+	build/address/check
+	build/thread/check
+
 lint: .venv/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -38,10 +62,34 @@ wheel: .venv/dev.stamp
 	@$(BIN)/python -m build
 
 clean:
-	rm -rf .venv build dist src/sparsefx.egg-info
+	rm -rf .venv build dist src/sparsefx.egg-info runtime/_native*.so
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.venv/dev.stamp: pyproject.toml constraints.txt
+# The CPU engine and tests/native as one program, per folder of build/.
+CROSS ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64-static
+ENGINE_FLAGS = -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -pthread
+ENGINE = $(notdir $(basename $(wildcard runtime/native/*.cpp tests/native/*.cpp)))
+HEADERS = $(wildcard runtime/native/*.h tests/native/*.h)
+vpath %.cpp runtime/native tests/native
+
+build/neon/%.o: %.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CROSS) $(ENGINE_FLAGS) -O3 -c $< -o $@
+build/neon/check: $(ENGINE:%=build/neon/%.o)
+	$(CROSS) -static -pthread $^ -o $@ -ldl
+build/address/%.o: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover
+build/address/check: SANITIZE = -fsanitize=address,undefined
+build/thread/%.o build/thread/check: SANITIZE = -fsanitize=thread
+build/address/%.o build/thread/%.o: %.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(ENGINE_FLAGS) -O1 -g $(SANITIZE) -c $< -o $@
+build/address/check: $(ENGINE:%=build/address/%.o)
+build/thread/check: $(ENGINE:%=build/thread/%.o)
+build/address/check build/thread/check:
+	$(CXX) $(SANITIZE) -pthread $^ -o $@ -ldl
+
+.venv/dev.stamp: pyproject.toml setup.py constraints.txt $(wildcard runtime/native/*)
 	@echo 'Installing into .venv: torch and the tools, some minutes the first time'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) -c constraints.txt -e '.[dev]'
@@ -57,4 +105,19 @@ clean:
 	@$(PIP) --no-deps -c constraints.txt -r requirements-zoo.txt
 	@touch $@
 
-.PHONY: help demo test test-slow check-zoo lint wheel clean
+.venv/bench.stamp: .venv/dev.stamp requirements-bench.txt
+	@echo 'Installing the engines to compare with'
+	@$(PIP) --no-deps -c constraints.txt -r requirements-bench.txt || \
+	  echo 'Some engines do not install here; the benchmark names them and goes on.'
+	@touch $@
+
+# llama.cpp is built without its image models. GCC 12 takes the stores before `ldtilecfg` for dead
+# and llama.cpp then crashes on processors with AMX, hence the flags.
+.venv/e2e.stamp: .venv/models.stamp requirements-e2e.txt
+	@echo 'Installing the engines to compare with; llama.cpp is compiled, about 20 minutes on 2 cores'
+	@export CXXFLAGS='-fno-tree-dse -fno-dse' CMAKE_ARGS=-DLLAVA_BUILD=OFF; \
+	  grep '==' requirements-e2e.txt | xargs -n 1 $(PIP) --no-deps || \
+	  echo 'Some engines do not install here; the benchmark names them and goes on.'
+	@touch $@
+
+.PHONY: help demo test test-slow check-zoo test-neon test-sanitize bench-cpu bench-e2e lint wheel clean

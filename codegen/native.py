@@ -1,7 +1,8 @@
 """The CPU engine (`runtime/native/`) through ctypes: load, pack a weight, multiply by it.
 
 The library is an optional extension without torch headers. Where it is missing `why_missing` says
-so and every format falls back to `unpack_then_dense`. `SPARSEFX_ISA=avx2` forces an instruction set.
+so and other rows of the kernel table serve. `SPARSEFX_ISA=avx2` forces an instruction set,
+`SPARSEFX_NATIVE=/path/lib.so` another build.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 
 from sparsefx.ir.codecs import Float, Int
-from sparsefx.ir.errors import SpecError, WeightError
-from sparsefx.ir.format import Packed
+from sparsefx.ir.errors import ShapeError, SpecError, WeightError
+from sparsefx.ir.format import Format, Packed
 
 ABI = 1
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Data types of activations, as `enum sfx_type` numbers them."""
 CODE = 3
+ERROR = 256
+"""Bytes that an error message may take, SFX_ERROR."""
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
 
@@ -70,7 +73,9 @@ class Engine:
         if lib.sfx_abi() != ABI:
             raise OSError(f"{path.name} has interface {lib.sfx_abi()}, not {ABI}: build it again")
         self.path, self._lib = path, lib
-        self.error = ctypes.create_string_buffer(256)
+        self.run = lib["sfx_linear"]
+        """`sfx_linear` over pointers that are converted already."""
+        self.error = ctypes.create_string_buffer(ERROR)
 
     @property
     def isa(self) -> str:
@@ -90,7 +95,7 @@ class Engine:
             raise SpecError(f"SPARSEFX_ISA: {self.error.value.decode()}")
 
     def pack(self, packed: Packed) -> Weight:
-        """`packed` in the order in which the kernels read it. Raises WeightError."""
+        """`packed` in the order in which the kernels read it. Raises WeightError, ShapeError."""
         source, held = _source(packed)
         handle = self._lib.sfx_pack(byref(source), self.error)
         del held
@@ -138,7 +143,9 @@ class Weight:
         """
         rows = x if x.is_contiguous() else x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.n))
-        held = [None if t is None else t.to(x.dtype).contiguous() for t in (bias, multiply, residual)]
+        held = [
+            None if t is None else t.to(x.dtype).contiguous() for t in (bias, multiply, residual)
+        ]
         pointers = [None if t is None else t.data_ptr() for t in held]
         down, up, scale = (None, None, None) if branch is None else branch
         call = Call(
@@ -161,20 +168,24 @@ def _source(packed: Packed) -> tuple[_Source, list[Any]]:
     split = len(fmt.layout.buffers)
     mask = fmt.layout.mask(packed.buffers[:split], n, k)
     count = n * k if mask is None else int(mask.count_nonzero())
-    codec = fmt.codec
-    values, grid = codec.read(packed.buffers[split:], count, n, k)
+    codec, written = fmt.codec, packed.buffers[split:]
+    bits = codec.value_bits(n, k, count, written[0].element_size())
+    if sum(b.numel() * b.element_size() for b in written) != -(-bits // 8):
+        raise ShapeError(f"what is stored as '{fmt}' is no ({n}, {k}) weight")
+    values, grid = codec.read(written, count, n, k)
     source = _Source(n=n, k=k, group_size=codec.group(k))
     if isinstance(codec, Int):
         source.type, source.bits, source.zero = CODE, codec.bits, -codec.low
         source.a8_group = getattr(fmt, "a8_group", 0)
         values = (values.view(torch.uint8) - codec.low).to(torch.uint8)
     else:
+        values = values if values.dtype in TYPES else values.float()
         source.type = TYPES[values.dtype]
     if mask is not None:
-        full = torch.zeros(n, k, dtype=values.dtype)
+        full = values.new_zeros(n, k)
         values = full.masked_scatter_(mask, values)
         mask = mask.contiguous()
-    held = [values.contiguous(), mask]
+    held: list[Any] = [values.contiguous(), mask]
     for name, tensor, dtype in (
         ("scales", grid.scales, torch.float16), ("zero_points", grid.zero_points, torch.uint8)
     ):  # fmt: skip
@@ -188,26 +199,26 @@ def _source(packed: Packed) -> tuple[_Source, list[Any]]:
 
 def branch_weights(engine: Engine, branch: Sequence[Tensor]) -> tuple[Weight, Weight, Tensor]:
     """down (r, K), up (N, r) and scale (r,) as `Weight.linear` takes them."""
-    from sparsefx.ir.format import Format
-
     down, up, scale = branch
     plain = Format(codec=Float())
-    packed = (Packed(plain, *t.shape, (t.detach().reshape(-1),)) for t in (down, up))
+    packed = (Packed(plain, t.shape[0], t.shape[1], (t.detach().reshape(-1),)) for t in (down, up))
     first, second = (engine.pack(p) for p in packed)
     return first, second, scale.detach().float().contiguous()
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[Engine | None, str]:
-    folder = Path(__file__).parent.parent / "runtime"
-    found = sorted(folder.glob("_native*.so")) + sorted(folder.glob("_native*.dylib"))
+    built = (Path(__file__).parent.parent / "runtime").glob("_native*.so")
+    found = sorted(built, key=lambda path: path.stat().st_mtime)
+    if own := os.environ.get("SPARSEFX_NATIVE"):
+        found = [Path(own)]
     if not found:
         return None, (
             "the CPU engine was not built (no C++17 compiler at installation?): "
             "install g++ or clang++ and reinstall sparsefx"
         )
     try:
-        engine = Engine(found[0])
+        engine = Engine(found[-1])
         if not engine.isas:
             return None, "the CPU engine has no code for this processor"
         engine.use(os.environ.get("SPARSEFX_ISA", "auto"))

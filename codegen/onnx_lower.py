@@ -3,12 +3,16 @@
 Every lowering writes nodes that stock ONNX Runtime runs well, measured on 1.31.1: MatMulNBits for
 integer codes whose groups are whole blocks, otherwise a weight that is dequantised by ordinary
 operators over initializers, which ONNX Runtime folds into a plain float matrix at load.
+
+`+a8`: MatMulNBits rounds activations per block, at least as finely as asked; the other lowerings
+round them as `sparsefx::linear` does, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,10 +52,18 @@ class Writer:
         return self.tape.initializer(data)
 
     def op(
-        self, kind: str, *inputs: ir.Value, domain: str = "", **attributes: int | list[int]
+        self, kind: str, *inputs: ir.Value, domain: str = "", **attributes: float | list[int]
     ) -> ir.Value:
         """One node's only output."""
         return self.tape.op(kind, inputs, attributes, domain=domain)
+
+    def ints(self, *values: int) -> ir.Value:
+        """A constant vector."""
+        return self.op("Constant", value_ints=list(values))
+
+    def number(self, value: float) -> ir.Value:
+        """A constant float32 scalar."""
+        return self.op("Constant", value_float=value)
 
     def cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         """`value` as `to`; no node when it already is."""
@@ -78,6 +90,7 @@ class Stored:
 
     inputs: tuple[ir.Value, ...]
     attributes: Mapping[str, int] = field(default_factory=dict)
+    """Of the product's node; for a matrix those of `round_rows`, empty: activations stay float."""
     note: str = ""
     """What had to be stored wider than asked for, and why."""
 
@@ -122,9 +135,9 @@ def plan_blocks(problem: Problem) -> Blocks | str:
             f"{codec.bits}-bit codes with float activations: MatMulNBits would dequantise the "
             "whole weight at every call; '+a8' or 4 bits would use it"
         )
-    size = _block(codec, problem.k)
+    size = _block(codec, problem.format.a8_group, problem.k)
     if size is None:
-        return f"no block of {BLOCKS} divides group_size {codec.group_size}"
+        return _no_block(codec, problem.format.a8_group)
     bits = 8 if codec.bits > 4 else 4
     note = f"{codec.bits}-bit codes stored in {bits}" if codec.bits != bits else ""
     if codec.bits == 2 and a8 and size >= 32:
@@ -135,11 +148,20 @@ def plan_blocks(problem: Problem) -> Blocks | str:
     return Blocks(bits, size, 4 if a8 else 1, note)
 
 
-def _block(codec: Int, k: int) -> int | None:
+def _block(codec: Int, a8_group: int, k: int) -> int | None:
     one_scale = codec.groups(k) == 1
     group = k if one_scale else codec.group_size
-    fits = [size for size in BLOCKS if group % size == 0]
-    return fits[0] if fits else RAGGED_BLOCK if one_scale else None
+    # Blocks that cross no activation group's border round at least as finely as was asked.
+    inside = a8_group if a8_group < k else 0
+    fits = [size for size in BLOCKS if gcd(group, inside) % size == 0]
+    ragged = one_scale and inside % RAGGED_BLOCK == 0
+    return fits[0] if fits else RAGGED_BLOCK if ragged else None
+
+
+def _no_block(codec: Int, a8_group: int) -> str:
+    groups = [f"group_size {codec.group_size}"] * bool(codec.group_size)
+    groups += [f"the activation group of {a8_group}"] * bool(a8_group)
+    return f"no block of {BLOCKS} divides {' and '.join(groups)}"
 
 
 def nbits_rejects(problem: Problem) -> str | None:
@@ -211,18 +233,51 @@ def store_int_matrix(writer: Writer, packed: Packed) -> Stored:
         matrix = writer.op("Slice", matrix, *ends)
     matrix.dtype = writer.types.FLOAT
     assert isinstance(codec, Int)
-    return Stored((matrix,), note=f"{codec.bits}-bit codes stored in 8" * (codec.bits < 8))
+    note = f"{codec.bits}-bit codes stored in 8" * (codec.bits < 8)
+    return Stored((matrix,), _rounding(packed), note)
 
 
 def store_float_matrix(writer: Writer, packed: Packed) -> Stored:
     """The values in their stored type."""
     values = packed.unpack(packed.buffers[-1].dtype)
-    return Stored((writer.constant("values", values.T),))
+    return Stored((writer.constant("values", values.T),), _rounding(packed))
 
 
 def multiply_matrix(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
     assert x.dtype is not None
-    return writer.op("MatMul", x, writer.cast(weight.inputs[0], x.dtype))
+    rows = round_rows(writer, x, **weight.attributes) if weight.attributes else x
+    return writer.op("MatMul", rows, writer.cast(weight.inputs[0], x.dtype))
+
+
+def _rounding(packed: Packed) -> dict[str, int]:
+    """Arguments of `round_rows`."""
+    fmt = packed.format
+    return {"k": packed.k, "group": fmt.a8_group or packed.k} if fmt.a8 and packed.k else {}
+
+
+def round_rows(writer: Writer, x: ir.Value, k: int, group: int) -> ir.Value:
+    """x (…, k) as `ir.op.round_activations` gives it, bit for bit; a scale per `group` columns."""
+    assert x.dtype is not None
+    shape, count = writer.op("Shape", x), -(-k // group)
+    blocks = writer.cast(x, writer.types.FLOAT)
+    if pad := count * group - k:
+        blocks = writer.op("Reshape", blocks, writer.ints(-1, k))
+        blocks = writer.op("Pad", blocks, writer.ints(0, 0, 0, pad))
+    blocks = writer.op("Reshape", blocks, writer.ints(-1, count, group))
+    reach = writer.op("ReduceMax", writer.op("Abs", blocks), writer.ints(2), keepdims=1)
+    scales = writer.op("Div", reach, writer.number(127.0))
+    # A scale of 0 stands for zeros, or for values so small that their codes times it are 0 too.
+    zero = writer.op("Equal", scales, writer.number(0.0))
+    scales = writer.op("Where", zero, writer.number(1.0), scales)
+    codes = writer.op("Round", writer.op("Div", blocks, scales))
+    codes = writer.op("Clip", codes, writer.number(-127.0), writer.number(127.0))
+    rows = writer.op("Mul", codes, scales)
+    if pad:
+        rows = writer.op("Reshape", rows, writer.ints(-1, count * group))
+        rows = writer.op("Slice", rows, writer.ints(0), writer.ints(k), writer.ints(1))
+    rows = writer.op("Reshape", rows, shape, allowzero=1)
+    rows.dtype = writer.types.FLOAT
+    return writer.cast(rows, x.dtype)
 
 
 def grid_of(packed: Packed, offset: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -18,6 +18,10 @@ class WeightError(SparsefxError, ValueError):
     """A weight cannot be stored in the format asked for."""
 
 
+class ShapeError(SparsefxError, RuntimeError):
+    """The activations do not have as many columns as the weight; RuntimeError, as torch raises."""
+
+
 class CaptureError(SparsefxError, RuntimeError):
     """No door could turn the model into a graph."""
 

@@ -1,6 +1,6 @@
 """Format = Layout × Codec (+ branch rank, + int8 activations): a frozen value with a text form.
 
-`"tile16x1@50%+int4g128+r32+a8"` parses to a Format and prints back as the same text. Packing is
+`"tile16x1@50%+int4g128+r32+a8g128"` parses to a Format and prints back as the same text. Packing is
 exact: `unpack(pack(W))` is the masked, quantised W bit for bit.
 """
 
@@ -18,7 +18,7 @@ from sparsefx.ir.codecs import CODECS, Codec, Float, Grid
 from sparsefx.ir.errors import SpecError, WeightError, nearest
 from sparsefx.ir.layouts import LAYOUTS, Dense, Layout
 
-ORDER = "[layout+]codec[+rRANK][+a8]"
+ORDER = "[layout+]codec[+rRANK][+a8[gGROUP]]"
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,25 @@ class Format:
     rank: int = 0
     """Rank of the low-rank branch added to the product; 0 is none."""
     a8: bool = False
-    """Activations are rounded to int8 per row before the product."""
+    """Activations are rounded to int8 before the product, with one scale per row and group."""
+    a8_group: int = 0
+    """Columns of K that share an activation scale (the last group may be shorter); 0 is the row."""
+
+    def __post_init__(self) -> None:
+        if self.a8_group and not self.a8:
+            raise SpecError("a8_group is the group of int8 activations: it needs a8=True")
+        if self.a8_group and not 8 <= self.a8_group <= 65536:
+            raise SpecError(
+                f"'a8g{self.a8_group}': the activation group must be 8 to 65536, e.g. 'a8g128'"
+            )
 
     def __str__(self) -> str:
         parts = [str(self.layout), str(self.codec)]
         if isinstance(self.layout, Dense) and parts[1]:
             del parts[0]
-        parts += [f"r{self.rank}"] * (self.rank > 0) + ["a8"] * self.a8
+        parts += [f"r{self.rank}"] * (self.rank > 0)
+        if self.a8:
+            parts.append(f"a8g{self.a8_group}" if self.a8_group else "a8")
         return "+".join(part for part in parts if part)
 
     @property
@@ -48,6 +60,11 @@ class Format:
     def buffers(self) -> tuple[str, ...]:
         """Names of the packed buffers, in the order the op takes them."""
         return self.layout.buffers + self.codec.buffers
+
+    @property
+    def float_activations(self) -> Format:
+        """This Format without int8 activations."""
+        return replace(self, a8=False, a8_group=0)
 
     @staticmethod
     def parse(text: str) -> Format:
@@ -132,7 +149,7 @@ def vocabulary() -> list[str]:
     """One example of every kind of token."""
     extra = ["tile1x16@50%", "int8", "uint4g128", "fp16", "fp32", "int3g128", "int2g64"]
     examples = [c.example for c in LAYOUTS] + [c.example for c in CODECS]
-    return examples + extra + ["r32", "a8"]
+    return examples + extra + ["r32", "a8", "a8g128"]
 
 
 @lru_cache(maxsize=4096)
@@ -163,6 +180,8 @@ def _token(token: str, text: str) -> tuple[int, dict[str, Any]]:
         if int(rank[1]) == 0:
             raise SpecError(f"format '{text}': rank 0 is no branch; leave out 'r0'")
         return 2, {"rank": int(rank[1])}
-    if token == "a8":
-        return 3, {"a8": True}
+    if a8 := re.fullmatch(r"a8(?:g(\d{1,5}))?", token):
+        if a8[1] and int(a8[1]) == 0:
+            raise SpecError(f"format '{text}': group 0; leave out 'g0' for one scale per row")
+        return 3, {"a8": True, "a8_group": int(a8[1] or 0)}
     raise SpecError(f"format '{text}': unknown token '{token}'{nearest(token, vocabulary())}")

@@ -8,14 +8,53 @@ ways to compute it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from sparsefx.ir.errors import ShapeError
 from sparsefx.ir.format import Format, Packed
 
-LIBRARY: Any = torch.library.Library("sparsefx", "DEF")  # type: ignore[no-untyped-call]
+Linear: TypeAlias = Callable[[Tensor, list[Tensor], Tensor | None, list[Tensor], str, int], Tensor]
+"""A kernel of `sparsefx::linear`."""
+PLAIN = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)
+).raw_repr()
+"""What a product of ordinary CPU tensors is dispatched on: no mode, no transform, no subclass."""
+
+
+class _Library(torch.library.Library):
+    """Skips the Autograd kernel, dearer than a small product, where no gradient is asked for."""
+
+    cpu: Linear | None = None
+
+    def impl(self, op_name: str, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":
+            fn = self._skipping(fn)
+        super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
+
+    def _skipping(self, differentiable: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(
+            keys: Any, x: Tensor, weight: list[Tensor], bias: Tensor | None,
+            branch: list[Tensor], format: str, n: int,
+        ) -> Tensor:  # fmt: skip
+            if keys.raw_repr() == PLAIN and self.cpu is not None:
+                wanted = torch.is_grad_enabled() and (
+                    x.requires_grad
+                    or (bias is not None and bias.requires_grad)
+                    or [t for t in (*weight, *branch) if t.requires_grad]
+                )
+                if not wanted:
+                    return self.cpu(x, weight, bias, branch, format, n)
+            return differentiable(keys, x, weight, bias, branch, format, n)
+
+        return run
+
+
+LIBRARY: Any = _Library("sparsefx", "DEF")  # type: ignore[no-untyped-call]
 TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define(
     "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor[] branch, str format, SymInt n) "
@@ -26,26 +65,35 @@ LIBRARY.define(
     "unpack(Tensor[] weight, str format, int n, int k, ScalarType dtype) -> Tensor", tags=TAGS
 )
 
-Runner = Callable[[Tensor, Packed, Tensor | None, Sequence[Tensor]], Tensor]
+
+def round_activations(x: Tensor, group: int = 0) -> Tensor:
+    """x (…, K) rounded to int8 codes times scales: what `+a8` or `+a8g…` multiplies by."""
+    codes, scales = quantize_rows(x, group)
+    return (codes.float() * per_column(scales, group, x.shape[-1])).to(x.dtype)
 
 
-def round_activations(x: Tensor) -> Tensor:
-    """x (…, K) rounded to int8 codes times one scale per row: what `+a8` multiplies by."""
-    codes, scales = quantize_rows(x)
-    return (codes.float() * scales).to(x.dtype)
+def quantize_rows(x: Tensor, group: int = 0) -> tuple[Tensor, Tensor]:
+    """int8 codes of x (…, K) and float32 scales (…, groups) per row and `group` columns.
 
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of x (…, K) and float32 scales (…, 1), symmetric: scale = max|row| / 127.
-
-    A row holding NaN or infinity gets a NaN scale, so that the row's output is NaN and no other.
+    Symmetric: scale = max|group| / 127 (1 where all are 0), codes are rounded half to even. Group 0
+    is the whole row; the last group may be shorter. A group holding NaN or infinity gets a NaN
+    scale, so that its row's output is NaN and no other.
     """
-    wide = x.float()
-    reach = wide.abs().amax(-1, keepdim=True) if x.shape[-1] else wide.new_zeros((*x.shape[:-1], 1))
+    k = x.shape[-1]
+    size = group or max(k, 1)
+    count = max(-(-k // size), 1)
+    wide = F.pad(x.float(), (0, count * size - k)) if count * size != k else x.float()
+    wide = wide.reshape(*x.shape[:-1], count, size)
+    reach = wide.abs().amax(-1, keepdim=True)
     bad = ~torch.isfinite(reach)
     scales = torch.where(reach == 0, 1.0, reach / 127).masked_fill(bad, torch.nan)
     codes = (wide / scales).nan_to_num(0.0).round_().clamp_(-127, 127).to(torch.int8)
-    return codes, scales
+    return codes.flatten(-2)[..., :k], scales.squeeze(-1)
+
+
+def per_column(scales: Tensor, group: int, k: int) -> Tensor:
+    """Scales (…, groups) of `quantize_rows` in a form that multiplies x (…, K)."""
+    return scales.repeat_interleave(group, -1)[..., :k] if group else scales
 
 
 def add_branch(y: Tensor, x: Tensor, branch: Sequence[Tensor]) -> Tensor:
@@ -59,24 +107,34 @@ def add_branch(y: Tensor, x: Tensor, branch: Sequence[Tensor]) -> Tensor:
 def reference(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor]) -> Tensor:
     """What every kernel must compute: unpack, multiply densely, add bias and branch."""
     weight = packed.unpack(x.dtype)
-    rows = round_activations(x) if packed.format.a8 else x
+    rows = round_activations(x, packed.format.a8_group) if packed.format.a8 else x
     bias = None if bias is None else bias.to(x.dtype)
     return add_branch(torch.nn.functional.linear(rows, weight, bias), x, branch)
 
 
-_runner: Runner = reference
-
-
-def use_runner(runner: Runner) -> None:
-    """Let `runner` compute `sparsefx::linear` from now on (the kernel table does this)."""
-    global _runner
-    _runner = runner
+def use_kernel(kernel: Linear) -> None:
+    """Let `kernel` compute `sparsefx::linear` from now on (the kernel table does this)."""
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl("linear", kernel, device)
+    LIBRARY.cpu = kernel
 
 
 def _linear(
     x: Tensor, weight: list[Tensor], bias: Tensor | None, branch: list[Tensor], format: str, n: int
 ) -> Tensor:
-    return _runner(x, Packed(Format.parse(format), n, x.shape[-1], tuple(weight)), bias, branch)
+    return reference(x, stored(x, weight, format, n), bias, branch)
+
+
+def stored(x: Tensor, weight: Sequence[Tensor], format: str, n: int) -> Packed:
+    """`weight`, which x (…, K) is multiplied by. Raises ShapeError where its K is another."""
+    fmt, k = Format.parse(format), x.shape[-1]
+    if split := len(fmt.layout.buffers):
+        part, bits = weight[:split], fmt.layout.index_bits(n, k)
+    else:
+        part, bits = weight, fmt.codec.value_bits(n, k, n * k, weight[0].element_size())
+    if sum(t.numel() * t.element_size() for t in part) != -(-bits // 8):
+        raise ShapeError(f"x has {k} columns; what is stored as '{format}' is no ({n}, {k}) weight")
+    return Packed(fmt, n, k, tuple(weight))
 
 
 def _linear_fake(

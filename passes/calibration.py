@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,14 +38,25 @@ class Hessian:
         self.rows += flat.shape[0]
 
 
+Watch = Callable[[Site, Tensor, Tensor], None]
+"""Sees a product of a Site's parameter with x (…, K); must keep neither."""
+
+
 class Collector(TorchFunctionMode):
-    """While active, every product with one of `weights` adds its input rows to that Site's Hessian.
+    """While active, every product with one of `weights` is shown to `watch`, and with `sum_inputs`
+    adds its input rows to that Site's Hessian.
 
     Products that read the same tensor (q, k, v) share one Hessian, summed once.
     """
 
-    def __init__(self, weights: Mapping[str, tuple[Site, Tensor]]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, tuple[Site, Tensor]],
+        watch: Watch = lambda site, weight, x: None,
+        sum_inputs: bool = True,
+    ) -> None:
         super().__init__()
+        self.watch, self.sum_inputs = watch, sum_inputs
         self.sites = {id(w): (name, site) for name, (site, w) in weights.items()}
         self.hessians: dict[str, Hessian] = {}
         self._seen: dict[int, tuple[Tensor, Hessian]] = {}
@@ -58,14 +70,17 @@ class Collector(TorchFunctionMode):
             given = [*args, *kwargs.values()]
             for arg in given:
                 if id(arg) in self.sites:
-                    self._add(*self.sites[id(arg)], name, given)
+                    self._add(*self.sites[id(arg)], name, arg, given)
         return func(*args, **kwargs)
 
-    def _add(self, name: str, site: Site, op: str, given: Sequence[Any]) -> None:
+    def _add(self, name: str, site: Site, op: str, weight: Tensor, given: Sequence[Any]) -> None:
         x = given[1] if op == "addmm" else given[0]
         if site.kind == "conv1x1":
             x = x.movedim(1, -1)
         if site.kind not in ("linear", "conv1x1") or x.shape[-1] != site.k:
+            return
+        self.watch(site, weight, x)
+        if not self.sum_inputs:
             return
         seen = self._seen.get(id(given[0]))
         if seen is not None and name not in self.hessians:
@@ -93,23 +108,35 @@ Compress = Callable[[Sequence[Site], Mapping[str, Hessian]], Callable[[], None]]
 """Compresses Sites in place and returns what to do once their outputs have been passed on."""
 
 
+Run = Callable[[], Iterator[None]]
+"""Runs part of the model on one calibration batch after the other."""
+Measure = Callable[[Sequence[Site], Run], dict[str, Hessian]]
+
+
 def stream(
-    model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], compress: Compress
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    compress: Compress,
+    watch: Watch,
+    sum_inputs: bool,
 ) -> None:
     """Call `compress(sites, hessians)` for every part of the model, in call order.
 
-    `compress` edits weights in place; the next part's statistics see the edit.
+    `compress` edits weights in place; the next part's statistics see the edit. `watch` sees a
+    part's products before that; without `sum_inputs` there are no Hessians.
     """
     data = [split_inputs(batch) for batch in batches]
+    measure = partial(_measure, model, watch, sum_inputs)
     left = {site.name: site for site in sites}
     with torch.no_grad():
         for blocks in find_blocks(model, sites):
-            if _replay(model, blocks, data, compress):
+            if _replay(model, blocks, data, compress, measure):
                 for group in blocks.sites:
                     for site in group:
                         left.pop(site.name, None)
         for part in _parts(list(left.values())):
-            compress(part, _measure(model, part, lambda: _run_all(model, data)))()
+            compress(part, measure(part, lambda: _run_all(model, data)))()
 
 
 def find_blocks(model: nn.Module, sites: Sequence[Site]) -> list[Blocks]:
@@ -197,7 +224,9 @@ def _record(
     return (state["first"], calls) if complete else None
 
 
-def _replay(model: nn.Module, blocks: Blocks, data: list[Any], compress: Compress) -> bool:
+def _replay(
+    model: nn.Module, blocks: Blocks, data: list[Any], compress: Compress, measure: Measure
+) -> bool:
     """Stream one chain of blocks; False (nothing done) when they are not called as a chain."""
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
@@ -218,7 +247,7 @@ def _replay(model: nn.Module, blocks: Blocks, data: list[Any], compress: Compres
                 call.run(module, h)
                 yield
 
-        finish = compress(sites, _measure(model, sites, run)) if sites else lambda: None
+        finish = compress(sites, measure(sites, run)) if sites else lambda: None
         if index + 1 < len(blocks.modules):
             for i, call in enumerate(now):
                 hidden[i] = call.run(module, hidden[i])
@@ -230,9 +259,10 @@ def _replay(model: nn.Module, blocks: Blocks, data: list[Any], compress: Compres
 
 
 def _measure(
-    model: nn.Module, sites: Sequence[Site], run: Callable[[], Iterator[None]]
+    model: nn.Module, watch: Watch, sum_inputs: bool, sites: Sequence[Site], run: Run
 ) -> dict[str, Hessian]:
-    collector = Collector({s.name: (s, model.get_parameter(s.name)) for s in sites})
+    weights = {s.name: (s, model.get_parameter(s.name)) for s in sites}
+    collector = Collector(weights, watch, sum_inputs)
     with collector:
         for _ in run():
             collector.forget_inputs()

@@ -16,6 +16,7 @@ from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.sites import Site
 from sparsefx.passes.calibration import Hessian, stream
 from sparsefx.passes.lowrank import lowrank
+from sparsefx.passes.outliers import Probe
 from sparsefx.passes.plan import Choice
 from sparsefx.passes.round_to_nearest import round_to_nearest
 from sparsefx.passes.sparsegpt import sparsegpt
@@ -36,7 +37,7 @@ class Result:
     """10·log10(‖W‖² / ‖W − stored‖²), branch included; infinite when nothing was lost."""
     algorithm: str
     note: str
-    """Why another algorithm than the one asked for was used, "" when none was."""
+    """Why another algorithm or Format than was asked for was used, "" when none was."""
     seconds: float
 
 
@@ -54,28 +55,25 @@ def compress(
     """Compress every Site that is not dense and hand each Result to `install`, in call order.
 
     Without `batches` each Site is compressed on its own. With them, statistics stream block by
-    block; a Site whose product shows no input rows falls back to magnitude, with a note.
+    block, and int8 activations may be refused or get more scales (`passes.outliers`); a Site whose
+    product shows no input rows falls back to magnitude, with a note.
     """
     formats = {c.site.name: c.format for c in choices if not c.dense}
     sites = [c.site for c in choices if not c.dense]
-    algorithm = "sparsegpt" if spec.algorithm == "auto" else spec.algorithm
-    if batches is None:
-        if spec.algorithm == "sparsegpt":
-            raise WeightError("algorithm 'sparsegpt' needs calibration=…; 'magnitude' does not")
-        algorithm = "magnitude"
+    algorithm = _algorithm(spec, batches is not None)
+    probe = Probe(formats)
 
     def one(site: Site, hessian: Hessian | None) -> Result:
         progress(site)
-        name, note = algorithm, ""
+        fmt, note = probe.decide(site, formats[site.name])
+        name, statistics = algorithm, None if hessian is None else hessian.sum
         if algorithm == "sparsegpt" and hessian is None:
-            name = "magnitude"
-            note = "sparsegpt saw no input rows: " + (site.reason or "calibration never reached it")
+            name, unseen = "magnitude", site.reason or "calibration never reached it"
+            note = "; ".join(filter(None, (f"sparsegpt saw no input rows: {unseen}", note)))
         matrix = site.matrix(model.get_parameter(site.name))
-        statistics = None if hessian is None else hessian.sum
-        fmt = formats[site.name]
         return compress_site(site, matrix, statistics, fmt, name, spec.damping, note)
 
-    if algorithm == "magnitude" or batches is None:
+    if batches is None or (algorithm == "magnitude" and not probe.formats):
         for site in sites:
             install(one(site, None))
         return
@@ -86,7 +84,14 @@ def compress(
             _write_back(model, result)
         return partial(_install_all, install, done)
 
-    stream(model, sites, batches, part)
+    stream(model, sites, batches, part, probe.watch, sum_inputs=algorithm == "sparsegpt")
+
+
+def _algorithm(spec: Spec, calibrated: bool) -> str:
+    if spec.algorithm == "sparsegpt" and not calibrated:
+        raise WeightError("algorithm 'sparsegpt' needs calibration=…; 'magnitude' does not")
+    best = "sparsegpt" if calibrated else "magnitude"
+    return best if spec.algorithm == "auto" else spec.algorithm
 
 
 def _install_all(install: Install, results: Sequence[Result]) -> None:

@@ -15,6 +15,7 @@ from sparsefx.ir.sites import Traced
 from sparsefx.passes.compress import Result, compress_site
 from sparsefx.passes.manager import graph_pass
 from sparsefx.passes.normalise import operands, products_are_linear
+from sparsefx.passes.outliers import NOT_PROBED
 
 
 def no_chosen_weight_is_dense(traced: Traced) -> str | None:
@@ -30,7 +31,8 @@ def pack(traced: Traced) -> bool:
     """Pack every chosen weight once and let all its products read the buffers."""
     for weight, choice in traced.chosen.items():
         matrix = choice.site.matrix(traced.weights[weight])
-        result = compress_site(choice.site, matrix, None, choice.format, "magnitude", 0.0)
+        note = NOT_PROBED if choice.format.a8 else ""
+        result = compress_site(choice.site, matrix, None, choice.format, "magnitude", 0.0, note)
         traced.results[weight] = result
         found = uses(traced.graph, {weight: traced.weights[weight]})
         attributes = _attach(traced.graph, found[0].node, result)

@@ -6,6 +6,7 @@ A module is compressed (`runtime.sparsify`) in these steps:
     plan         passes.plan         a Format for every Site, or "dense, because …"; all checks
     compress     passes.compress     stream statistics block by block; prune, quantise, pack
                    calibration         what each Site's inputs look like
+                   outliers            may '+a8' activations be int8, and how finely
                    sparsegpt           with data: prune and quantise jointly
                    round_to_nearest    without
                    lowrank             the branch '+r32'

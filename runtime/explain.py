@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsefx.codegen.kernels import UNPACK, Problem, choose
+from sparsefx.codegen import native
+from sparsefx.codegen.kernels import UNPACK, Problem, choose, describe
 from sparsefx.ir.format import Format
 from sparsefx.runtime.install import packed_modules
 from sparsefx.runtime.modules import PackedWeight, SparseParameter
@@ -28,6 +29,8 @@ class Line:
     row: Row
     kernel: str = "dense"
     refused: tuple[str, ...] = ()
+    memory: int = 0
+    """Bytes of the copy that the CPU engine keeps, from the first product on."""
 
 
 @dataclass
@@ -38,11 +41,15 @@ class Explanation:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
+    engine: str = ""
+    """The CPU engine's instruction set and threading, or why there is none."""
 
     @property
     def fallbacks(self) -> list[str]:
         """Every place where something other than what was asked for, or fastest, is used."""
         out = [f"capture: {note}" for note in self.notes]
+        if native.engine() is None or "serial" in self.engine:
+            out += [self.engine] * any(line.kernel != "dense" for line in self.lines)
         for line in self.lines:
             out += [f"{line.row.name}: {text}" for text in line.row.fallbacks]
         return out
@@ -87,7 +94,16 @@ def explain(model: Any) -> Explanation:
         if not any(name in (row.name, *row.aliases) for row in rows.values()):
             rows[name] = _row(name, module)
     lines = [_line(row, modules.get(row.name)) for row in rows.values()]
-    return Explanation(lines, report.notes, report.seconds, report.peak_bytes)
+    return Explanation(lines, report.notes, report.seconds, report.peak_bytes, _engine())
+
+
+def _engine() -> str:
+    engine = native.engine()
+    if engine is None:
+        return native.why_missing()
+    serial = engine.threading == "serial"
+    threads = "serial, as no OpenMP runtime is in this process" if serial else engine.threading
+    return f"CPU engine: {engine.isa}, {threads}"
 
 
 def _compiled(model: nn.Module) -> Iterator[Row]:
@@ -140,7 +156,8 @@ def _line(row: Row, module: PackedWeight | None) -> Line:
     refused = choice.refused
     if choice.kernel is UNPACK and not refused:
         refused = (f"no faster kernel covers '{fmt}' on {device}",)
-    return Line(row, choice.kernel.name, refused)
+    name, memory = describe(choice.kernel, module.buffer_list if module is not None else [])
+    return Line(row, name, refused, memory)
 
 
 def _render(e: Explanation) -> Iterator[RenderableType]:
@@ -169,5 +186,7 @@ def _render(e: Explanation) -> Iterator[RenderableType]:
         f"{sum(line.kernel == 'dense' for line in e.lines)} dense"
         + (f"; {e.seconds:.1f} s, peak memory {e.peak_bytes / 1e6:.0f} MB" if e.seconds else "")
     )
+    copies = sum(line.memory for line in e.lines)
+    yield Text(e.engine + (f"; its copies take {copies / 1e6:.2f} MB of memory" * (copies > 0)))
     for note in e.notes:
         yield Text(f"capture fell back: {note}")

@@ -8,11 +8,11 @@ Three questions, each with a tolerance that is derived, none tuned:
    runs again with the promised bound of every operator's rounding error, u·|y| + 2√K·2⁻²⁴·|x||w|ᵀ
    for products, added to its result with random signs. The permitted difference is `MARGIN` times
    the greatest change seen, plus `FLOOR` units in the last place of the output's greatest value.
-3. With int8 activations eager rounds per row and ONNX Runtime per block, which is finer: so the two
-   are at most twice as far apart as eager is from itself without that rounding. That distance is
-   measured on the rounding itself and on independent noise of the same size; as rounding to codes
-   jumps, differences are compared by root mean square, plus three standard deviations of a root
-   mean square over so many values.
+3. With int8 activations eager rounds per row or group. MatMulNBits rounds per block, which is as
+   fine or finer, other lowerings round as eager does: so the two are at most twice as far apart as
+   eager is from itself without that rounding. That distance is measured on the rounding itself and
+   on independent noise of the same size; as rounding to codes jumps, differences are compared by
+   root mean square, plus three standard deviations of a root mean square over so many values.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sparsefx.codegen.onnx import Lowered
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.codegen.onnx_read import written_weight
 from sparsefx.ir.errors import ExportError
+from sparsefx.ir.format import Format
 from sparsefx.runtime.gate_probe import Call, Probe, unit
 from sparsefx.runtime.modules import PackedWeight
 
@@ -75,7 +76,7 @@ def check(model: nn.Module, inputs: Inputs, path: Path, rows: Sequence[Lowered])
     Raises ExportError naming the first differing layer.
     """
     check_weights(model, path, rows)
-    measure = "rms" if any(row.format.endswith("+a8") for row in rows) else "max"
+    measure = "rms" if any(Format.parse(row.format).a8 for row in rows) else "max"
     wanted, notes = _references(model, inputs, measure)
     seen: list[Difference] = []
     for level in LEVELS:

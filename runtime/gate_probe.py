@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsefx.ir.format import Format, Packed
-from sparsefx.ir.op import add_branch, quantize_rows
+from sparsefx.ir.op import add_branch, per_column, quantize_rows
 
 Call = tuple[tuple[int, ...], Tensor]
 """Addresses of a packed weight's buffers, and what was computed with it."""
@@ -72,8 +71,9 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         product = func is torch.ops.sparsefx.linear.default
         fmt = Format.parse(args[4]) if product else Format()
         if fmt.a8 and self.activations != "as asked":
-            x = self._dithered(args[0]) if self.activations == "dither" else args[0]
-            args = (x, *args[1:4], str(replace(fmt, a8=False)), args[5])
+            dither = self.activations == "dither"
+            x = self._dithered(args[0], fmt.a8_group) if dither else args[0]
+            args = (x, *args[1:4], str(fmt.float_activations), args[5])
         out = func(*args, **kwargs)
         unpacks = func is torch.ops.sparsefx.unpack.default  # exact in both
         if self.generator is not None and not unpacks and not _aliases(func):
@@ -84,10 +84,11 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.calls.append((tuple(b.data_ptr() for b in buffers), out.detach().cpu().clone()))
         return out
 
-    def _dithered(self, x: Tensor) -> Tensor:
-        """x plus uniform noise of one int8 step a row: independent of rounding, and as large."""
+    def _dithered(self, x: Tensor, group: int) -> Tensor:
+        """x plus uniform noise of one int8 step: independent of rounding, and as large."""
         share = torch.rand(x.shape, generator=self.dither).to(x.device) - 0.5
-        return (x.float() + share * quantize_rows(x)[1]).to(x.dtype)
+        steps = per_column(quantize_rows(x, group)[1], group, x.shape[-1])
+        return (x.float() + share * steps).to(x.dtype)
 
     def _noisy(self, y: Any, bound: Tensor | None) -> Any:
         """y with each element moved by its bound, up or down at random."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsefx.codegen import kernels  # noqa: F401  (registers the kernel table with the op)
+from sparsefx.codegen.prepared import forget
 from sparsefx.ir.errors import ArtifactError, FrozenWeightError, StaleWeightError
 from sparsefx.ir.format import Format, Packed
+from sparsefx.ir.op import LINEAR
 
 EDIT = (
     "{name} is packed as '{format}': what you read is a copy, and editing it has no effect. "
@@ -74,7 +76,8 @@ class PackedWeight(nn.Module):
 
     @property
     def buffer_list(self) -> list[Tensor]:
-        return [getattr(self, key) for key in self.keys]
+        buffers = self._buffers  # not getattr, which searches for 1 µs before it looks here
+        return [buffers[key] for key in self.keys]  # type: ignore[misc]
 
     @property
     def packed(self) -> Packed:
@@ -113,6 +116,10 @@ class PackedWeight(nn.Module):
             if new is not None and new.dtype != old.dtype:
                 self._buffers[key] = old.to(new.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        forget(self.buffers())  # inference tensors do not count what is loaded over them
 
     def extra_repr(self) -> str:
         bits = self.packed.bits_per_weight
@@ -165,9 +172,8 @@ class SparseLinear(PackedWeight):
         return [self.down, self.up, self.branch_scale] if self.has_branch else []
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.sparsefx.linear(
-            x, self.buffer_list, self.bias, self.branch, self.format, self.n
-        )
+        branch = self.branch if self.has_branch else []
+        out: Tensor = LINEAR(x, self.buffer_list, self.bias, branch, self.format, self.n)
         return out
 
 

@@ -44,6 +44,7 @@ class Row:
     def compressed(self, result: Result, unpacked: dict[str, str]) -> None:
         """Fill in what compression found out."""
         packed = result.packed
+        self.format = str(packed.format)
         self.bits = packed.bits_per_weight
         self.stored_bytes = packed.stored_bytes
         self.branch_bytes = sum(t.numel() * t.element_size() for t in result.branch)

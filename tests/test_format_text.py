@@ -18,9 +18,13 @@ from sparsefx.ir.layouts import Bitmap, Layout
 
 
 @settings(max_examples=200, deadline=None)
-@given(pair=st.sampled_from(PAIRS), rank=st.sampled_from([0, 1, 32, 99999]), a8=st.booleans())
-def test_text_round_trips(pair: tuple[Layout, Codec], rank: int, a8: bool) -> None:
-    fmt = Format(*pair, rank, a8)
+@given(
+    pair=st.sampled_from(PAIRS),
+    rank=st.sampled_from([0, 1, 32, 99999]),
+    a8=st.sampled_from([(False, 0), (True, 0), (True, 8), (True, 128), (True, 65536)]),
+)
+def test_text_round_trips(pair: tuple[Layout, Codec], rank: int, a8: tuple[bool, int]) -> None:
+    fmt = Format(*pair, rank, *a8)
     text = str(fmt)
     if not text:
         assert fmt.is_dense
@@ -54,6 +58,14 @@ def test_formats_are_values() -> None:
     assert not Format.parse("fp32").is_dense
 
 
+def test_a_group_of_activations_needs_int8_activations() -> None:
+    with pytest.raises(SpecError, match="needs a8=True"):
+        Format(a8_group=128)
+    fmt = Format.parse("2:4+int4g128+r8+a8g64")
+    assert str(fmt.float_activations) == "2:4+int4g128+r8"
+    assert Format.parse("a8g64").float_activations.is_dense
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -81,6 +93,11 @@ def test_formats_are_values() -> None:
         ("int4+2:4", "out of order"),
         ("2:4+2:4", "repeated"),
         ("a8+int8", "out of order"),
+        ("a8+a8g128", "repeated"),
+        ("int8+a8g4", "activation group must be 8 to 65536"),
+        ("int8+a8g99999", "activation group must be 8 to 65536"),
+        ("int8+a8g0", "leave out 'g0'"),
+        ("int8+a8g12x", "unknown token 'a8g12x'; did you mean 'a8g128'"),
         ("int4+int8", "repeated"),
         ("int4+" * 60, "characters"),
     ],

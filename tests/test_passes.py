@@ -115,7 +115,8 @@ def test_fuse_unpack_never_makes_the_dense_weight() -> None:
     run_passes(Traced(gm.graph, {}), [fuse_unpack, clean_up])
     assert "unpack" not in text(gm.graph)
     gm.recompile()
-    assert torch.equal(gm(*inputs), before)
+    # The same sums of 16 products, rounded in another order.
+    torch.testing.assert_close(gm(*inputs), before, rtol=16 * 2**-24, atol=1e-5)
 
 
 def test_a_pass_that_lies_is_named() -> None:

@@ -302,7 +302,7 @@ template <Family kFamily, class... Args> void run_tiles(const Weight &w, Args...
 
 // Codes whose distance from their zero point fits a signed byte.
 bool fits(const Weight &w) {
-  return !is_float(w.kind) && !(w.kind == kCode8 && (w.zero_points || w.zero > 128));
+  return !is_float(w.kind) && (w.bits < 8 || (!w.zero_points && w.zero == 128));
 }
 
 int slices(const Weight &w, int64_t m, int x_type, bool codes) {

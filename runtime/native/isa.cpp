@@ -16,7 +16,12 @@ const Isa *const kIsas[] = {
 #if defined(__x86_64__)
     &kAmx,
     &kAvx512,
+    &kAvx2,
 #endif
+#if defined(__aarch64__)
+    &kNeon,
+#endif
+    &kPortable,
 };
 
 std::atomic<const Isa *> chosen{nullptr};

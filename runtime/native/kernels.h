@@ -15,18 +15,18 @@ namespace SFX_ISA {
 
 template <int kValue> struct Constant { static constexpr int value = kValue; };
 
-// One multiply-accumulate: of codes in int32, of floats in float32.
-template <bool kCodes> struct Mac;
-template <> struct Mac<true> {
+// One multiply-accumulate: of codes in int32, V::kBias taken off wide ones; of floats in float32.
+template <bool kCodes, bool kWide> struct Mac;
+template <bool kWide> struct Mac<true, kWide> {
   using Acc = I;
   static SFX_INLINE Acc zero() { return V::zero(); }
   static SFX_INLINE Acc load(const uint8_t *p) { return V::load(p); }
   static SFX_INLINE Acc add(Acc a, Acc b) { return V::add(a, b); }
-  static SFX_INLINE Acc mac(Acc acc, I w, const char *x) { return V::dot(acc, w, V::broadcast(x)); }
-  static SFX_INLINE Acc mac(Acc acc, I w, I x) { return V::dot(acc, w, x); }
+  static SFX_INLINE Acc mac(Acc acc, I w, const char *x) { return mac(acc, w, V::broadcast(x)); }
+  static SFX_INLINE Acc mac(Acc acc, I w, I x) { return V::dot<kWide>(acc, w, x); }
   static SFX_INLINE I spread(const char *x) { return V::broadcast(x); }
 };
-template <> struct Mac<false> {
+template <> struct Mac<false, false> {
   using Acc = F;
   static SFX_INLINE Acc zero() { return V::zerof(); }
   static SFX_INLINE Acc load(const uint8_t *p) {
@@ -39,6 +39,10 @@ template <> struct Mac<false> {
   static SFX_INLINE Acc mac(Acc acc, F w, F x) { return V::fma(w, x, acc); }
   static SFX_INLINE F spread(const char *x) { return V::broadcastf(x); }
 };
+
+// Whether a reader's codes are wide, if dot cares.
+template <class Reader, bool kCodes>
+constexpr bool is_wide = kCodes && V::kBias && Reader::kColumnsPerStep == step_columns(kCode8);
 
 // The scales and zero points of one panel, and how a segment's sums enter the result.
 struct Scaling {
@@ -64,7 +68,9 @@ struct Scaling {
     return V::fma(acc, scale, result);
   }
   SFX_INLINE F finish(F result, I acc, int32_t sum, float x_scale) const {
-    I offset = w->zero_points ? V::mul(zero, V::set(sum)) : V::set(w->zero * sum);
+    const int32_t bias = w->kind == kCode8 ? V::kBias : 0;
+    I offset = w->zero_points ? V::mul(V::sub(zero, V::set(bias)), V::set(sum))
+                              : V::set((w->zero - bias) * sum);
     return V::fma(V::to_float(V::sub(acc, offset)), V::mulf(scale, V::setf(x_scale)), result);
   }
 };
@@ -107,7 +113,7 @@ struct Rows {
 
 template <class Reader, bool kCodes, int kM>
 void direct(const Weight &w, int64_t p, Rows x, float *tile, int64_t tile_stride) {
-  using M = Mac<kCodes>;
+  using M = Mac<kCodes, is_wide<Reader, kCodes>>;
   constexpr int kChains = kM == 1 ? 4 : 1;
   const uint8_t *panel = w.at(p);
   Reader reader(w, panel);
@@ -151,12 +157,18 @@ void direct(const Weight &w, int64_t p, Rows x, float *tile, int64_t tile_stride
       }
       SFX_UNROLL for (int r = 0; r < kM; ++r) at[r] += Reader::kColumnsPerStep * (kCodes ? 1 : 4);
     };
+    // Two steps at once where one leaves registers idle.
+    constexpr int kMacs = V::kParts * (kCodes ? Reader::kUnits : Reader::kColumnsPerStep);
     int i = 0;
-    for (; i + 2 <= steps; i += 2) {
-      step(0);
-      step(2);
+    if constexpr (V::kParts == 1 || kMacs <= 4) {
+      for (; i + 2 <= steps; i += 2) {
+        step(0);
+        step(2);
+      }
+      if (i < steps) step(0);
+    } else {
+      for (; i < steps; ++i) step(0);
     }
-    if (i < steps) step(0);
     SFX_UNROLL for (int r = 0; r < kM; ++r) {
       SFX_UNROLL for (int c = 1; c < kChains; ++c) acc[r][0] = M::add(acc[r][0], acc[r][c]);
       result[r] = scaling.finish(result[r], acc[r][0], x.sum(r, s),
@@ -187,10 +199,10 @@ template <class Reader, bool kCodes> uint8_t *decode(Reader &reader, int steps, 
 }
 
 // tile (kM, kN · 16) += kM rows of x times the decoded units of kN panels, scaled.
-template <bool kCodes, int kM, int kN>
+template <bool kCodes, bool kWide, int kM, int kN>
 void block(const Scaling *scaling, const uint8_t *units, int64_t panel_bytes, int count, Rows x,
            int sum, int scale, float *tile, int64_t tile_stride) {
-  using M = Mac<kCodes>;
+  using M = Mac<kCodes, kWide>;
   typename M::Acc acc[kM][kN];
   SFX_UNROLL for (int r = 0; r < kM; ++r)
     SFX_UNROLL for (int q = 0; q < kN; ++q) acc[r][q] = M::zero();
@@ -211,7 +223,7 @@ void block(const Scaling *scaling, const uint8_t *units, int64_t panel_bytes, in
 }
 
 // As block, for any number of rows.
-template <bool kCodes, int kN>
+template <bool kCodes, bool kWide, int kN>
 void blocks(const Scaling *scaling, const uint8_t *units, int64_t panel_bytes, int count, Rows x,
             int rows, int sum, int scale, float *tile, int64_t tile_stride) {
   constexpr int kMost = V::kBlock / kN;
@@ -219,8 +231,8 @@ void blocks(const Scaling *scaling, const uint8_t *units, int64_t panel_bytes, i
   auto run = [&](auto size) {
     constexpr int kM = decltype(size)::value;
     for (; r + kM <= rows; r += kM)
-      block<kCodes, kM, kN>(scaling, units, panel_bytes, count, x.from(r), sum, scale,
-                            tile + r * tile_stride, tile_stride);
+      block<kCodes, kWide, kM, kN>(scaling, units, panel_bytes, count, x.from(r), sum, scale,
+                                   tile + r * tile_stride, tile_stride);
   };
   run(Constant<kMost>());
   run(Constant<(kMost > 4 ? 4 : 2)>());

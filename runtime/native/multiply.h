@@ -6,50 +6,51 @@
 namespace sfx {
 namespace SFX_ISA {
 
-constexpr int kFewRows = 4; // up to here a weight is decoded in registers, not into cache
-
 // Side by side the activations that segments [first, last) of a panel keep; zero behind each.
+// `lines` of the codes at `ahead` are fetched per segment meanwhile.
 template <bool kCodes>
 void compact(const Weight &w, const uint8_t *panel, Rows x, int rows, int first, int last,
-             char *out, int64_t out_stride, int32_t *sums) {
+             char *out, int64_t out_stride, int32_t *sums, const uint8_t *ahead, int64_t lines) {
   constexpr int kSize = kCodes ? 1 : 4;
   const uint32_t *counts = reinterpret_cast<const uint32_t *>(panel + w.counts_at);
   const int step = step_columns(w.kind);
+  const I ones = V::set(0x01010101);
   for (int s = first; s < last; ++s) {
     const Segment &segment = w.segments[s];
     const uint8_t *masks = panel + w.masks_at + segment.start / 8;
-    const int64_t bytes = int64_t(counts[s]) * step * kSize;
+    for (int64_t i = 0; i < lines; ++i, ahead += kUnit) V::prefetch(ahead);
     for (int r = 0; r < rows; ++r) {
-      char *start = out + r * out_stride, *to = start;
+      char *to = out + r * out_stride;
       const char *from = x.x + r * x.stride + segment.start * kSize;
+      I sum = V::zero();
       for (int i = 0; i < segment.steps; ++i) {
         uint64_t mask;
         __builtin_memcpy(&mask, masks + 8 * i, 8);
         if constexpr (kCodes)
-          V::compact_bytes(to, mask, from + 64 * i);
+          sum = V::dot<false>(sum, ones, V::compact_bytes(to, mask, from + 64 * i));
         else
           V::compact_floats(to, mask, from + 256 * i);
         to += __builtin_popcountll(mask) * kSize;
       }
-      for (char *end = start + bytes + 64; to < end; to += 64) V::store(to, V::zero());
-      if constexpr (kCodes) {
-        int32_t sum = 0;
-        for (const char *at = start; at < start + bytes; at += 64) sum += V::sum_bytes(at);
-        sums[r * int64_t(w.segment_count) + s] = sum;
-      }
+      V::store(to, V::zero()); // as far as a last step may read
+      V::store(to + kUnit, V::zero());
+      if constexpr (kCodes) sums[r * int64_t(w.segment_count) + s] = V::sum(sum);
     }
-    out += bytes;
+    out += int64_t(counts[s]) * step * kSize;
   }
 }
 
 template <class Reader, bool kCodes>
 void few(const Weight &w, int64_t p, Rows x, int rows, float *tile, int64_t stride) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4)
-    direct<Reader, kCodes, 4>(w, p, x.from(r), tile + r * stride, stride);
-  for (; r + 2 <= rows; r += 2)
-    direct<Reader, kCodes, 2>(w, p, x.from(r), tile + r * stride, stride);
-  if (r < rows) direct<Reader, kCodes, 1>(w, p, x.from(r), tile + r * stride, stride);
+  if constexpr (V::kFewRows >= 4)
+    for (; r + 4 <= rows; r += 4)
+      direct<Reader, kCodes, 4>(w, p, x.from(r), tile + r * stride, stride);
+  if constexpr (V::kFewRows >= 2)
+    for (; r + 2 <= rows; r += 2)
+      direct<Reader, kCodes, 2>(w, p, x.from(r), tile + r * stride, stride);
+  if constexpr (V::kFewRows >= 1)
+    if (r < rows) direct<Reader, kCodes, 1>(w, p, x.from(r), tile + r * stride, stride);
 }
 
 // Decodes segment s of `count` panels, one after the other; `cursors` say where each goes on.
@@ -73,6 +74,7 @@ int decode_panels(const Weight &w, Cursor *cursors, Scaling *scaling, int s, int
 template <class Reader, bool kCodes>
 void many(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile, int64_t stride,
           const Scratch &scratch) {
+  constexpr bool kWide = is_wide<Reader, kCodes>;
   constexpr int64_t kPanelBytes = int64_t(kMaxSegment) * (kCodes ? kRows : kUnit);
   constexpr int kSize = kCodes ? 1 : 4;
   Cursor cursors[kMostPanels];
@@ -89,17 +91,18 @@ void many(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile, 
     part.x += segment.start * kSize;
     if (columns) {
       part.stride = ((int64_t(kMaxSegment) + 128) * kSize) | kUnit;
-      compact<kCodes>(w, w.at(p), x, rows, s, s + 1, scratch.compact, part.stride, scratch.sums);
+      compact<kCodes>(w, w.at(p), x, rows, s, s + 1, scratch.compact, part.stride, scratch.sums,
+                      nullptr, 0);
       part.x = scratch.compact;
       part.sums = kCodes ? scratch.sums : nullptr;
     }
     int q = 0;
     for (; q + 2 <= count; q += 2)
-      blocks<kCodes, 2>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units, part,
-                        rows, s, segment.scale, tile + q * kRows, stride);
+      blocks<kCodes, kWide, 2>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units,
+                               part, rows, s, segment.scale, tile + q * kRows, stride);
     if (q < count)
-      blocks<kCodes, 1>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units, part,
-                        rows, s, segment.scale, tile + q * kRows, stride);
+      blocks<kCodes, kWide, 1>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units,
+                               part, rows, s, segment.scale, tile + q * kRows, stride);
   }
 }
 
@@ -108,14 +111,16 @@ void run(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile,
          const Scratch &scratch) {
   const bool columns = w.family == kColumns;
   const int64_t stride = count * kRows;
-  if (V::kDirect && rows <= kFewRows) {
+  if (rows <= V::kFewRows) {
     for (int q = 0; q < count; ++q) {
       Rows part = x;
       if (columns) {
         const int segments = w.segment_count;
         part.stride = (w.padded + 128) * (kCodes ? 1 : 4);
+        const uint8_t *codes = w.at(p + q) + w.codes_at;
+        const int64_t lines = (w.at(p + q + 1) - codes) / kUnit / (segments ? segments : 1) + 1;
         compact<kCodes>(w, w.at(p + q), x, rows, 0, segments, scratch.compact, part.stride,
-                        scratch.sums);
+                        scratch.sums, codes, lines);
         part.x = scratch.compact;
         part.sums = kCodes ? scratch.sums : nullptr;
       }

@@ -95,20 +95,26 @@ private:
   }
   bool steps_agree(int columns) const {
     for (int64_t row = 0; row < s_.n; ++row)
-      for (int64_t group = 0; group < s_.k; group += s_.group_size) {
-        const int64_t end = std::min(group + s_.group_size, s_.k);
-        for (int64_t c = group; c < end; ++c)
-          if ((c - group) % columns && stored(row, c) != stored(row, c - 1)) return false;
+      for (int64_t first = 0, end; first < s_.k; first = end) {
+        end = segment_end(first);
+        for (int64_t c = first; c < end; ++c)
+          if ((c - first) % columns && stored(row, c) != stored(row, c - 1)) return false;
       }
     return true;
   }
 
   // Segments end where a weight's or an activation's scale does, and at kMaxSegment columns.
+  int64_t segment_end(int64_t first) const {
+    int64_t end = std::min({first + kMaxSegment, next(first, s_.group_size), s_.k});
+    return s_.a8_group ? std::min(end, next(first, s_.a8_group)) : end;
+  }
+  static int64_t next(int64_t column, int64_t multiple) {
+    return (column / multiple + 1) * multiple;
+  }
   void cut() {
     const int64_t unit = family_ == kColumns ? 64 : step();
     for (int64_t c = 0; c < s_.k;) {
-      int64_t end = std::min({c + kMaxSegment, (c / s_.group_size + 1) * s_.group_size, s_.k});
-      if (s_.a8_group) end = std::min(end, (c / s_.a8_group + 1) * s_.a8_group);
+      const int64_t end = segment_end(c);
       const int64_t steps = ceil_div(end - c, unit);
       segments_.push_back({c, static_cast<int32_t>(end - c), static_cast<int32_t>(steps), padded_,
                            static_cast<int32_t>(s_.a8_group ? c / s_.a8_group : 0),
@@ -245,6 +251,7 @@ private:
     w.words = words_;
     w.family = family_;
     w.kind = kind_;
+    w.bits = s_.bits;
     w.zero = s_.zero;
     w.zero_points = s_.zero_points != nullptr;
     w.a8_scales = std::max<int64_t>(s_.a8_group ? ceil_div(s_.k, s_.a8_group) : 1, 1);

@@ -22,13 +22,17 @@ constexpr int32_t repeat_code(int bits) {
   return bits == 2 ? 0x55555555 : bits == 4 ? 0x11111111 : 0x01010101;
 }
 
+// V, in which names are looked up only where they are used.
+template <int> struct Late { using type = V; };
+
 // Codes of kDense (and kColumns), kLanes or kBytes. After next(), unit(j) holds columns 4j…4j+3 of
 // the step as unsigned bytes and value(j, i) column 4j+i as floats, zero points subtracted.
 template <Family kFamily, Kind kKind, bool kZeros> struct Codes {
+  using Vec = typename Late<kKind>::type;
   static constexpr int kBits = code_bits(kKind);
   static constexpr int kUnits = step_columns(kKind) / 4;
   static constexpr int kColumnsPerStep = step_columns(kKind);
-  const uint8_t *codes, *masks;
+  const uint8_t *codes, *masks, *shared;
   I raw[kKind == kCode3 ? 3 : 1];
   I rest;  // what a position that is not stored decodes from: the zero point
   F table; // value of a code
@@ -42,7 +46,8 @@ template <Family kFamily, Kind kKind, bool kZeros> struct Codes {
     table = V::loadf(values);
   }
   SFX_INLINE void begin(I zero) {
-    rest = V::mul(zero, V::set(kFamily == kBytes ? 0x01010101 : repeat_code(kBits)));
+    constexpr bool kUnpacked = kFamily == kBytes && !V::kExpandsMemory;
+    rest = V::mul(zero, V::set(kUnpacked ? 0x01010101 : repeat_code(kBits)));
     zeros = V::to_float(zero);
   }
   SFX_INLINE void next() {
@@ -55,7 +60,8 @@ template <Family kFamily, Kind kKind, bool kZeros> struct Codes {
       raw[0] = V::expand_lanes(rest, mask, codes);
       codes += 4 * __builtin_popcount(mask);
     } else if constexpr (kFamily == kBytes) {
-      raw[0] = V::load(codes);
+      if constexpr (V::kExpandsMemory) shared = codes;
+      else raw[0] = V::load(codes);
       int longest = 0;
 #pragma GCC unroll 8
       for (int j = 0; j < kUnits; ++j) {
@@ -81,19 +87,25 @@ template <Family kFamily, Kind kKind, bool kZeros> struct Codes {
       I high = j < 2 ? V::shift_left(raw[2], 2 - j) : V::shift_right(raw[2], j - 2);
       return V::bits_and(V::select(V::set(0x03030303), low, high), V::set(0x07070707));
     } else {
-      constexpr int32_t kMask = static_cast<int32_t>(((1u << kBits) - 1) * 0x01010101u);
-      I v = kBits == 8 ? raw[0] : V::bits_and(V::shift_right(raw[0], kBits * j), V::set(kMask));
-      if constexpr (kFamily != kBytes) return v;
-      return V::expand_bytes(rest, mask_of(j - kUnits), v);
+      if constexpr (kFamily != kBytes) return field(raw[0], j);
+      else if constexpr (V::kExpandsMemory)
+        return field(Vec::expand_bytes(rest, mask_of(j - kUnits), shared), j);
+      else return Vec::expand_bytes(rest, mask_of(j - kUnits), field(raw[0], j));
     }
+  }
+  SFX_INLINE static I field(I v, int j) {
+    constexpr int32_t kMask = static_cast<int32_t>(((1u << kBits) - 1) * 0x01010101u);
+    return kBits == 8 ? v : V::bits_and(V::shift_right(v, kBits * j), V::set(kMask));
   }
   SFX_INLINE F value(int j, int i) const {
     constexpr bool kClean = kKind == kCode3 || kFamily == kBytes;
     I v = kClean ? V::shift_right(unit(j), 8 * i) : V::shift_right(raw[0], 8 * i + kBits * j);
-    if constexpr (kBits == 8)
-      return V::subf(V::to_float(V::bits_and(v, V::set(255))), zeros);
-    F f = V::lookup(table, v);
-    return kZeros ? V::subf(f, zeros) : f;
+    if constexpr (kBits == 8 || !V::kLookup) {
+      return V::subf(V::to_float(V::bits_and(v, V::set((1 << kBits) - 1))), zeros);
+    } else {
+      F f = Vec::lookup(table, v);
+      return kZeros ? V::subf(f, zeros) : f;
+    }
   }
 };
 

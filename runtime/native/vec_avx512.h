@@ -9,8 +9,12 @@ namespace SFX_ISA {
 struct V {
   using I = __m512i;
   using F = __m512;
-  static constexpr bool kDirect = true; // decode in registers when few rows share a weight
+  static constexpr int kParts = 1;      // registers per vector
+  static constexpr int kFewRows = 4;    // up to here decode in registers, not into cache; 0 to 4
   static constexpr int kBlock = 16;     // accumulators of a block
+  static constexpr bool kLookup = true; // of a code's value in a table, else by conversion
+  static constexpr bool kExpandsMemory = false; // expand_bytes takes a pointer, not a register
+  static constexpr int kBias = 0; // what dot<true>, for codes of 5 to 8 bits, takes off codes
 
   static void prefetch(const void *p) {
     _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0);
@@ -43,7 +47,7 @@ struct V {
   // mask ? a : b, bit by bit
   static I select(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
   // acc + the four products of unsigned bytes w and signed bytes x in each lane
-  static I dot(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  template <bool> static I dot(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F addf(F a, F b) { return _mm512_add_ps(a, b); }
   static F subf(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -78,8 +82,10 @@ struct V {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
   // The bytes (floats) of x under `mask`, side by side, zero behind; 64 of them are written.
-  static void compact_bytes(char *out, uint64_t mask, const char *x) {
-    store(out, _mm512_maskz_compress_epi8(mask, load(x)));
+  static I compact_bytes(char *out, uint64_t mask, const char *x) {
+    const I kept = _mm512_maskz_compress_epi8(mask, load(x));
+    store(out, kept);
+    return kept;
   }
   static void compact_floats(char *out, uint64_t mask, const char *x) {
     const float *from = reinterpret_cast<const float *>(x);
@@ -90,9 +96,7 @@ struct V {
       to += __builtin_popcount(part);
     }
   }
-  static int32_t sum_bytes(const char *x) { // 64 signed bytes
-    return _mm512_reduce_add_epi32(dot(zero(), _mm512_set1_epi8(1), load(x)));
-  }
+  static int32_t sum(I v) { return _mm512_reduce_add_epi32(v); }
 };
 
 } // namespace SFX_ISA

@@ -57,6 +57,7 @@ struct Weight {
   int64_t words; // of tiled activations: 64 columns each, segments begin at a whole one
   Family family;
   Kind kind;
+  int32_t bits; // of codes
   int32_t zero;
   bool zero_points;
   int64_t a8_scales;             // activation scales per row

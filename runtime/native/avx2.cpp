@@ -1,0 +1,19 @@
+// AVX2 with FMA and F16C: Haswell, Zen and later.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "weight.h"
+
+#pragma GCC target("avx2,fma,f16c,popcnt")
+#define SFX_ISA avx2
+#include "vec_avx2.h"
+#include "multiply.h"
+
+namespace sfx {
+static bool runs_here() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+}
+const Isa kAvx2 = {"avx2", runs_here, no_slices, nullptr, avx2::quantize, avx2::multiply};
+} // namespace sfx
+#endif
