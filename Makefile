@@ -68,26 +68,26 @@ clean:
 # The CPU engine and tests/native as one program, per folder of build/.
 CROSS ?= aarch64-linux-gnu-g++
 EMULATOR ?= qemu-aarch64-static
-ENGINE_FLAGS = -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -pthread
+ENGINE_FLAGS = -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -pthread
 ENGINE = $(notdir $(basename $(wildcard runtime/native/*.cpp tests/native/*.cpp)))
 HEADERS = $(wildcard runtime/native/*.h tests/native/*.h)
 vpath %.cpp runtime/native tests/native
 
 build/neon/%.o: %.cpp $(HEADERS)
 	@mkdir -p $(@D)
-	$(CROSS) $(ENGINE_FLAGS) -O3 -c $< -o $@
+	@$(CROSS) $(ENGINE_FLAGS) -O3 -c $< -o $@
 build/neon/check: $(ENGINE:%=build/neon/%.o)
-	$(CROSS) -static -pthread $^ -o $@ -ldl
+	@$(CROSS) -static -pthread $^ -o $@ -ldl
 build/address/%.o: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover
 build/address/check: SANITIZE = -fsanitize=address,undefined
 build/thread/%.o build/thread/check: SANITIZE = -fsanitize=thread
 build/address/%.o build/thread/%.o: %.cpp $(HEADERS)
 	@mkdir -p $(@D)
-	$(CXX) $(ENGINE_FLAGS) -O1 -g $(SANITIZE) -c $< -o $@
+	@$(CXX) $(ENGINE_FLAGS) -O1 -g $(SANITIZE) -c $< -o $@
 build/address/check: $(ENGINE:%=build/address/%.o)
 build/thread/check: $(ENGINE:%=build/thread/%.o)
 build/address/check build/thread/check:
-	$(CXX) $(SANITIZE) -pthread $^ -o $@ -ldl
+	@$(CXX) $(SANITIZE) -pthread $^ -o $@ -ldl
 
 .venv/dev.stamp: pyproject.toml setup.py constraints.txt $(wildcard runtime/native/*)
 	@echo 'Installing into .venv: torch and the tools, some minutes the first time'

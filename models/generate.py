@@ -284,25 +284,23 @@ def _bind(
     Modules with equal graphs share one compiled function; `graphs` None: nothing is compiled.
     """
     named = dict([*module.named_parameters(), *module.named_buffers()])
-    tensors = [*state, *(t.detach() for t in named.values())]
-    split = len(inputs) + len(state)
+    tensors = [*state, *(t.detach() if t.requires_grad else t for t in named.values())]
+    first, split = len(inputs), len(inputs) + len(state)
 
     def pure(*values: Tensor) -> Any:
         held = dict(zip(named, values[split:], strict=True))
         return torch.func.functional_call(module, held, values[:split])
 
-    run: Run = pure
-    if graphs is not None:
-        examples: list[Any] = [*inputs, *tensors]
-        gm = make_fx(pure, tracing_mode="fake")(*examples)
-        fixed = any(node.op == "get_attr" for node in gm.graph.nodes)
-        key = (gm.code, *((t.shape, t.stride(), t.dtype) for t in examples), id(gm) if fixed else 0)
-        if key not in graphs:
-            graphs[key] = torch._inductor.standalone_compile(
-                gm,
-                examples,
-                dynamic_shapes="from_example_inputs",
-                options={"config_patches": OPTIONS},
-            )
-        run = graphs[key]
-    return lambda *values: run(*values, *tensors)
+    if graphs is None:
+        return lambda *values: pure(*values, *tensors)
+    examples: list[Any] = [*inputs, *tensors]
+    gm = make_fx(pure, tracing_mode="fake")(*examples)
+    fixed = any(node.op == "get_attr" for node in gm.graph.nodes)
+    key = (gm.code, *((t.shape, t.stride(), t.dtype) for t in examples), id(gm) if fixed else 0)
+    if key not in graphs:
+        graphs[key] = torch._inductor.standalone_compile(
+            gm, examples, dynamic_shapes="from_example_inputs",
+            options={"config_patches": OPTIONS},
+        )  # fmt: skip
+    run, rest = graphs[key], examples[first:]
+    return lambda *values: run(*values, *rest)

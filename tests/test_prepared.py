@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -78,11 +79,17 @@ def test_other_formats_over_the_same_buffers_are_seen() -> None:
 def test_the_copy_goes_with_its_tensors() -> None:
     x, packed = made("int4g16", 3, 32, 48)
     linear(x, packed)
-    assert held(packed) is not None
-    key = id(packed.buffers[0])
-    del packed
+    product = held(packed)
+    assert product is not None
+    weight, key = weakref.ref(product.weight), id(packed.buffers[0])
     gc.collect()
-    assert key not in PRODUCTS.entries
+    gc.disable()  # nothing that only a collection would free
+    try:
+        del packed, product
+        assert key not in PRODUCTS.entries
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_a_value_goes_with_any_of_its_tensors() -> None:
