@@ -73,21 +73,17 @@ ENGINE = $(notdir $(basename $(wildcard runtime/native/*.cpp tests/native/*.cpp)
 HEADERS = $(wildcard runtime/native/*.h tests/native/*.h)
 vpath %.cpp runtime/native tests/native
 
-build/neon/%.o: %.cpp $(HEADERS)
+build/neon/check: COMPILE = $(CROSS) -O3 -static
+build/address/check: COMPILE = $(CXX) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover
+build/thread/check: COMPILE = $(CXX) -O1 -g -fsanitize=thread
+.SECONDEXPANSION:
+# Kept, though make sees them as steps between.
+.PRECIOUS: build/%.o
+build/%.o: $$(notdir $$*).cpp $(HEADERS)
 	@mkdir -p $(@D)
-	@$(CROSS) $(ENGINE_FLAGS) -O3 -c $< -o $@
-build/neon/check: $(ENGINE:%=build/neon/%.o)
-	@$(CROSS) -static -pthread $^ -o $@ -ldl
-build/address/%.o: SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover
-build/address/check: SANITIZE = -fsanitize=address,undefined
-build/thread/%.o build/thread/check: SANITIZE = -fsanitize=thread
-build/address/%.o build/thread/%.o: %.cpp $(HEADERS)
-	@mkdir -p $(@D)
-	@$(CXX) $(ENGINE_FLAGS) -O1 -g $(SANITIZE) -c $< -o $@
-build/address/check: $(ENGINE:%=build/address/%.o)
-build/thread/check: $(ENGINE:%=build/thread/%.o)
-build/address/check build/thread/check:
-	@$(CXX) $(SANITIZE) -pthread $^ -o $@ -ldl
+	@$(COMPILE) $(ENGINE_FLAGS) -c $< -o $@
+build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
+	@$(COMPILE) $(ENGINE_FLAGS) $^ -o $@ -ldl
 
 .venv/dev.stamp: pyproject.toml setup.py constraints.txt $(wildcard runtime/native/*)
 	@echo 'Installing into .venv: torch and the tools, some minutes the first time'
