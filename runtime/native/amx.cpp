@@ -4,12 +4,30 @@
 // Float activations are cut into three bfloat16 slices whose sum they are, bit for bit; codes are
 // exact in bfloat16, so the products are exact and only their sums round, as in float32.
 #if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "weight.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,f16c,fma,avx2,bmi2,popcnt,amx-tile,amx-int8,amx-bf16")
+static bool allowed() { // as runs_here: for every processor, hence above the pragmas
+  constexpr int kRequest = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return !syscall(SYS_arch_prctl, kRequest, kTileData);
+}
+static bool runs_here() {
+  return sfx::kAvx512.runs_here() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && allowed();
+}
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,f16c,fma,avx2,bmi2,popcnt," \
+    "amx-tile,amx-int8,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,f16c,fma,avx2,bmi2,popcnt", \
+    "amx-tile,amx-int8,amx-bf16")
+#endif
 #define SFX_ISA amx
 #include "vec_avx512.h"
 
@@ -48,7 +66,7 @@ int decode_bytes(Reader &reader, I zero, int steps, uint8_t *out) {
 // Byte shuffles that put the first bytes of a lane where a mask of 4 columns has its ones.
 struct Spread {
   alignas(64) uint8_t control[16][64];
-  Spread() {
+  constexpr Spread() : control() {
     for (int mask = 0; mask < 16; ++mask)
       for (int i = 0; i < 64; ++i) {
         const int before = __builtin_popcount(mask & ((1 << (i % 4)) - 1));
@@ -57,7 +75,7 @@ struct Spread {
       }
   }
 };
-const Spread kSpread;
+constexpr Spread kSpread; // not built at run time, with instructions that the processor may lack
 
 // Units of the columns that a panel keeps, side by side, to units of all columns.
 void spread(const uint8_t *masks, int words, const uint8_t *from, uint8_t *to) {
@@ -372,18 +390,11 @@ void quantize(const Weight &w, const float *x, int8_t *codes, float *scales, int
   kAvx512.quantize(w, x, codes, scales, sums);
 }
 
-bool allowed() {
-  constexpr int kRequest = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return !syscall(SYS_arch_prctl, kRequest, kTileData);
-}
-
-bool runs_here() {
-  return kAvx512.runs_here() && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && allowed();
-}
-
 } // namespace amx
 
-const Isa kAmx = {"amx", amx::runs_here, amx::slices, amx::tile, amx::quantize, amx::any_rows};
+const Isa kAmx = {"amx", runs_here, amx::slices, amx::tile, amx::quantize, amx::any_rows};
 } // namespace sfx
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -4,16 +4,24 @@
 
 #include "weight.h"
 
+static bool runs_here() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("popcnt");
+}
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c,popcnt")
+#endif
 #define SFX_ISA avx2
 #include "vec_avx2.h"
 #include "multiply.h"
 
 namespace sfx {
-static bool runs_here() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
-}
 const Isa kAvx2 = {"avx2", runs_here, no_slices, nullptr, avx2::quantize, avx2::multiply};
 } // namespace sfx
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -13,8 +13,10 @@ namespace sfx {
 namespace {
 
 const Isa *const kIsas[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
     &kAmx,
+#endif
+#if defined(__x86_64__)
     &kAvx512,
     &kAvx2,
 #endif

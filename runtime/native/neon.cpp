@@ -1,19 +1,12 @@
 // NEON with dot products: ARMv8.2 and later, Apple M1 and later.
 #if defined(__aarch64__)
+#include <arm_neon.h>
 #if defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 #include "weight.h"
 
-#if !defined(__ARM_FEATURE_DOTPROD)
-#pragma GCC target("arch=armv8.2-a+dotprod")
-#endif
-#define SFX_ISA neon
-#include "vec_neon.h"
-#include "multiply.h"
-
-namespace sfx {
 static bool runs_here() {
 #if defined(__linux__)
   constexpr unsigned long kDotProducts = 1 << 20; // HWCAP_ASIMDDP
@@ -22,6 +15,20 @@ static bool runs_here() {
   return true;
 #endif
 }
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+#define SFX_ISA neon
+#include "vec_neon.h"
+#include "multiply.h"
+
+namespace sfx {
 const Isa kNeon = {"neon", runs_here, no_slices, nullptr, neon::quantize, neon::multiply};
 } // namespace sfx
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif
