@@ -13,6 +13,7 @@ help:
 	@echo 'make check-zoo  the tests over every model architecture'
 	@echo 'make test-neon  the CPU engine for ARM processors, emulated'
 	@echo 'make test-sanitize  the CPU engine under the address, undefined and thread sanitizers'
+	@echo 'make test-mutations  breaks the CPU engine on purpose: the tests must notice every fault'
 	@echo 'make bench-cpu  time every kind of weight against other engines (5 minutes; ARGS=--full)'
 	@echo 'make bench-e2e  time whole models against other engines (an hour; ARGS=--help)'
 	@echo 'make lint       style, formatting and types'
@@ -53,6 +54,9 @@ test-sanitize:
 	build/address/check
 	build/thread/check
 
+test-mutations: .venv/dev.stamp
+	@CXX='$(CXX)' CROSS='$(CROSS)' EMULATOR='$(EMULATOR)' $(BIN)/python tests/mutate_native.py $(ARGS)
+
 lint: .venv/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -74,8 +78,8 @@ HEADERS = $(wildcard runtime/native/*.h tests/native/*.h)
 vpath %.cpp runtime/native tests/native
 
 build/neon/check: COMPILE = $(CROSS) -O3 -static
-build/address/check: COMPILE = $(CXX) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover
-build/thread/check: COMPILE = $(CXX) -O1 -g -fsanitize=thread
+build/address/check: COMPILE = $(CXX) -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover
+build/thread/check: COMPILE = $(CXX) -O1 -g -w -fsanitize=thread
 .SECONDEXPANSION:
 # Kept, though make sees them as steps between.
 .PRECIOUS: build/%.o
@@ -116,4 +120,5 @@ build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
 	  echo 'Some engines do not install here; the benchmark names them and goes on.'
 	@touch $@
 
-.PHONY: help demo test test-slow check-zoo test-neon test-sanitize bench-cpu bench-e2e lint wheel clean
+.PHONY: help demo test test-slow check-zoo test-neon test-sanitize test-mutations bench-cpu bench-e2e \
+        lint wheel clean

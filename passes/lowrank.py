@@ -16,6 +16,8 @@ def lowrank(weight: Tensor, packed: Packed, hessian: Tensor | None) -> tuple[Ten
     """(down (r, K), up (N, r), scale (r,)) such that unpack(packed) + up · diag(scale) · down ≈ W.
 
     Empty when the format has no branch. `scale` holds ones: strength is a run-time argument.
+    down and up have 16 bits: they correct an error of some percent, and half the bytes are half the
+    time. bfloat16 cannot overflow, and matrix units multiply it.
     """
     rank = packed.format.rank
     if rank == 0:
@@ -29,7 +31,7 @@ def lowrank(weight: Tensor, packed: Packed, hessian: Tensor | None) -> tuple[Ten
         u, s, vt = torch.linalg.svd(error @ root, full_matrices=False)
         down = vt[:rank] @ inverse
     up = u[:, :rank] * s[:rank]
-    dtype = weight.dtype
+    dtype = weight.dtype if weight.element_size() == 2 else torch.bfloat16
     return down.to(dtype).contiguous(), up.to(dtype).contiguous(), torch.ones(rank, dtype=dtype)
 
 

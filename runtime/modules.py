@@ -132,7 +132,8 @@ class SparseLinear(PackedWeight):
     """y = x · Wᵀ + bias (+ branch) with W packed; stands where an `nn.Linear` stood.
 
     x is (…, K) of any rank from 1 and any float dtype; y is (…, N) in the dtype that a dense
-    linear would return, autocast included. Gradients flow to x, bias and branch, not to W.
+    linear would return, autocast included. Gradients flow to x, bias and branch, not to W; to
+    train a branch hold it in float32: `layer.up = layer.up.float().requires_grad_()`.
     """
 
     down: Tensor

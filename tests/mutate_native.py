@@ -1,265 +1,281 @@
-"""Breaks the CPU engine on purpose, one fault at a time: a test must fail.
+"""Breaks the CPU engine on purpose, one fault at a time: tests/native must notice each.
 
-`make test-mutations`. Fails if a fault goes unnoticed or no longer fits the source.
+`make test-mutations`. Fails if a fault goes unnoticed, does not compile or no longer fits the
+source. NEON runs in an emulator where `make test-neon` would.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import multiprocessing
 import os
+import platform
 import re
 import shutil
+import signal
 import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from functools import cache
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from native_mutations import MUTATIONS, Mutation
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "runtime" / "native"
+SOURCE, DRIVER = Path("runtime/native"), Path("tests/native")
 RESULTS = ROOT / "benchmarks" / "results" / "mutations.json"
 FLAGS = [
-    "-std=c++17", "-O0", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
-    "-fPIC", "-fvisibility=hidden", "-pthread", "-w",
+    "-std=c++17", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-pthread",
+    "-w",
 ]  # fmt: skip
-TESTS = ("test_native.py", "test_native_use.py")
-ISAS = ("avx512", "avx2", "neon", "portable")
-"""Where faults in shared headers go: the first that runs here. Stems of its source file, too."""
-TIMEOUT = 240
-STARTING = threading.Lock()
-"""multiprocessing starts and reaps processes from one thread at a time."""
+ISAS = ("amx", "avx512", "avx2", "neon", "portable")
+"""Stems of source files, too. Faults that name none go into the first but amx that runs here."""
+TIMEOUT = 300
+CAUGHT, SURVIVED, BROKEN, STALE = "caught", "SURVIVED", "does not build", "no longer applies"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What compiles and runs programs for one kind of processor."""
+
+    folder: str
+    compile: tuple[str, ...]
+    run: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one fault; `caught_by` is empty if nothing noticed it."""
+    """What became of one fault."""
 
-    mutation: Mutation
-    caught_by: str
-    seconds: float
+    file: str
+    fault: str
+    isa: str
+    verdict: str
+    caught_by: str = ""
+    seconds: float = 0
 
 
-def compiler() -> str:
+def host_compiler() -> str:
     return os.environ.get("CXX") or next(c for c in ("c++", "g++", "clang++") if shutil.which(c))
 
 
-def stale() -> list[str]:
-    """Faults whose text does not occur exactly once in its file."""
-    out = []
-    for m in MUTATIONS:
-        path = SOURCE / m.file
-        count = path.read_text().count(m.old) if path.exists() else 0
-        if count != 1 or m.old == m.new:
-            out.append(f"{m.file}: {count} × {m.old!r}")
-    return out
+HOST = Tools("host", (host_compiler(),), ())
+CROSS = Tools(
+    "cross",
+    (os.environ.get("CROSS", "aarch64-linux-gnu-g++"), "-static"),
+    (os.environ.get("EMULATOR", "qemu-aarch64-static"),),
+)
+
+
+def tools(isa: str) -> Tools:
+    native = platform.machine().lower() in ("aarch64", "arm64")
+    return CROSS if isa == "neon" and not native else HOST
+
+
+def available(isa: str) -> bool:
+    """Whether the tools for this set are installed; not yet whether it runs."""
+    used = tools(isa)
+    return all(shutil.which(command) for command in (used.compile[0], *used.run))
 
 
 # --- building ------------------------------------------------------------------------------------
 
 
-def compile_object(folder: Path, name: str, out: Path) -> None:
-    command = [compiler(), *FLAGS, "-c", str(folder / name), "-o", str(out)]
+def compile_object(used: Tools, source: Path, out: Path) -> str:
+    """What the compiler complains about, "" if nothing."""
+    # The driver multiplies by plain loops, which take long unless optimised.
+    level = "-O1" if source.stem == "check" else "-O0"
+    command = [*used.compile, *FLAGS, level, "-c", str(source), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr or "failed" if done.returncode else ""
+
+
+def link(used: Tools, objects: list[Path], out: Path) -> None:
+    command = [*used.compile, "-pthread", "-o", str(out), *map(str, objects), "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{name} does not compile:\n{done.stderr[:2000]}")
-
-
-def link(objects: list[Path], out: Path) -> None:
-    command = [compiler(), "-shared", "-pthread", "-o", str(out), *map(str, objects)]
-    if sys.platform == "linux":
-        command.append("-ldl")
-    subprocess.run(command, check=True)
+        raise SystemExit(f"linking fails:\n{done.stderr[:2000]}")
 
 
 @cache
 def dependents(file: str) -> frozenset[str]:
-    """Sources that this file is part of."""
+    """Stems of the sources that this file is part of."""
     if file.endswith(".cpp"):
-        return frozenset({file})
-    out = set()
-    for source in SOURCE.glob("*.cpp"):
-        command = [compiler(), "-std=c++17", "-MM", str(source)]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        if re.search(rf"\b{re.escape(file)}\b", listed):
-            out.add(source.name)
+        return frozenset({Path(file).stem})
+    out, pending = set(), {file}
+    including = {
+        path: set(re.findall(r'#include "(?:.*/)?([\w.]+)"', path.read_text()))
+        for folder in (SOURCE, DRIVER)
+        for path in (ROOT / folder).iterdir()
+    }
+    while pending:
+        found = {path for path, names in including.items() if names & pending}
+        out |= {path.stem for path in found if path.suffix == ".cpp"}
+        pending = {path.name for path in found if path.suffix == ".h"} - pending
     return frozenset(out)
 
 
-def build_mutant(m: Mutation, isa: str, base: Path, folder: Path) -> Path:
-    """The engine with one fault; what holds it is rebuilt, but of the instruction sets only one."""
-    source = folder / "src"
-    shutil.copytree(SOURCE, source)
-    path = source / m.file
-    path.write_text(path.read_text().replace(m.old, m.new))
-    others = {f"{name}.cpp" for name in (*ISAS, "amx")} - {f"{m.isa or isa}.cpp"}
-    changed = dependents(m.file) - others
-    objects = []
-    for original in sorted(base.glob("*.o")):
-        name = f"{original.stem}.cpp"
-        objects.append(folder / original.name if name in changed else original)
-        if name in changed:
-            compile_object(source, name, objects[-1])
-    link(objects, folder / "lib.so")
-    return folder / "lib.so"
-
-
-# --- testing -------------------------------------------------------------------------------------
-
-
-def run_tests(library: str, isa: str, log: str, first: str) -> None:
-    """In a process of its own: the tests up to the first failure, beginning with `first`."""
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    os.environ |= {"SPARSEFX_NATIVE": library, "SPARSEFX_ISA": isa}
-    import pytest
-
-    from sparsefx.codegen.native import engine, why_missing
-
-    if engine() is None:
-        print(why_missing())
-        os._exit(99)
-    tests = [str(ROOT / "tests" / name) for name in ([first] if first else []) + [*TESTS]]
-    os._exit(int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests])))
-
-
-def noticed(library: Path, isa: str, log: Path, first: str = "") -> str:
-    """The test that fails with this library, "" if none does."""
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=run_tests, args=(str(library), isa, str(log), first))
-    with STARTING:
-        process.start()
-    ended = wait([process.sentinel], TIMEOUT)
-    with STARTING:
-        if not ended:
-            process.kill()
-            return "hangs"
-        process.join()
-    text = log.read_text(errors="replace")
-    if process.exitcode == 0:
-        return ""
-    if found := re.search(r"^FAILED \S*?(test_\w+\.py::\w+)", text, re.MULTILINE):
-        return found[1]
-    if process.exitcode is not None and process.exitcode < 0:
-        inside = re.findall(r"/(test_native\w*\.py)\", line \d+ in (test_\w+)", text)
-        return "::".join(inside[-1]) if inside else "crash"
-    raise SystemExit(f"the tests do not run with {library}:\n{text[-3000:]}")
-
-
-def caught_before() -> dict[str, str]:
-    """The test that noticed each fault the last time, so that it is tried first."""
-    if not RESULTS.exists():
-        return {}
-    code = "".join((ROOT / "tests" / name).read_text() for name in TESTS)
-    rows = json.loads(RESULTS.read_text())["rows"]
-    found = {row["fault"]: row["caught_by"] for row in rows}
-    return {k: test for k, test in found.items() if f"def {test.partition('::')[2]}(" in code}
-
-
-@contextmanager
-def baseline() -> Iterator[tuple[Path, str]]:
-    """A folder of the engine's objects without fault, and the instruction set to break."""
-    with tempfile.TemporaryDirectory() as name:
-        base = Path(name)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [
-                pool.submit(compile_object, SOURCE, path.name, base / f"{path.stem}.o")
-                for path in SOURCE.glob("*.cpp")
-            ]
-            for job in jobs:
-                job.result()
-        link(sorted(base.glob("*.o")), base / "lib.so")
-        from sparsefx.codegen.native import Engine
-
-        runs = Engine(base / "lib.so").isas
-        isa = next(isa for isa in ISAS if isa in runs)
-        for used in {isa, *(m.isa or isa for m in MUTATIONS if (m.isa or isa) in runs)}:
-            if why := noticed(base / "lib.so", used, base / f"{used}.log"):
-                raise SystemExit(f"{why} fails before anything is broken ({used})")
-        yield base, isa
-
-
-def try_out(m: Mutation, isa: str, base: Path, number: int, first: str) -> Outcome:
-    start, folder = time.perf_counter(), base / f"mutant{number}"
+def build_base(used: Tools, folder: Path) -> None:
+    """Objects of the engine without fault, and of the driver."""
     folder.mkdir()
-    library = build_mutant(m, isa, base, folder)
-    caught_by = noticed(library, m.isa or isa, folder / "log", first)
-    shutil.rmtree(folder)
-    return Outcome(m, caught_by, round(time.perf_counter() - start, 1))
+    for path in sorted([*(ROOT / SOURCE).glob("*.cpp"), *(ROOT / DRIVER).glob("*.cpp")]):
+        if why := compile_object(used, path, folder / f"{path.stem}.o"):
+            raise SystemExit(f"{path.name} does not compile:\n{why[:2000]}")
+    link(used, sorted(folder.glob("*.o")), folder / "check")
 
 
-def run(console: Console) -> tuple[list[Outcome], str, list[str]]:
-    """Outcomes, the instruction set that was broken, and those skipped as they do not run here."""
-    from sparsefx.codegen.native import Engine
+def build_mutant(m: Mutation, isa: str, base: Path, folder: Path) -> str:
+    """The driver with one fault in the engine; of the instruction sets only one is rebuilt."""
+    used = tools(isa)
+    for name in (SOURCE, DRIVER):
+        shutil.copytree(ROOT / name, folder / name)
+    path = folder / SOURCE / m.file
+    path.write_text(path.read_text().replace(m.old, m.new))
+    changed = dependents(m.file) - {name for name in ISAS if name != isa}
+    objects = []
+    for original in sorted((base / used.folder).glob("*.o")):
+        objects.append(folder / original.name if original.stem in changed else original)
+        if original.stem in changed:
+            where = DRIVER if original.stem == "check" else SOURCE
+            source = folder / where / f"{original.stem}.cpp"
+            if why := compile_object(used, source, objects[-1]):
+                return why
+    link(used, objects, folder / "check")
+    return ""
 
-    before = caught_before()
-    with baseline() as (base, isa), ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = Engine(base / "lib.so").isas
-        usable = [m for m in MUTATIONS if not m.isa or m.isa in runs]
-        jobs = [
-            pool.submit(try_out, m, isa, base, i, before.get(m.breaks, ""))
-            for i, m in enumerate(usable)
-        ]
-        outcomes: list[Outcome] = []
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def first_failure(used: Tools, isa: str, program: Path) -> str:
+    """The case that fails, or how the program ended instead; "" if all is well."""
+    command = [*used.run, str(program), isa]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=TIMEOUT, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return "hangs"
+    if found := re.search(r"^FAILED (.*)$", done.stdout, re.MULTILINE):
+        return found[1]
+    if done.returncode:
+        number = -done.returncode if done.returncode < 0 else done.returncode - 128
+        known = number in set(signal.Signals)
+        return f"crash: {signal.Signals(number).name}" if known else f"exit {done.returncode}"
+    return ""
+
+
+def try_out(m: Mutation, isa: str, base: Path) -> Outcome:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if build_mutant(m, isa, base, folder):
+            return Outcome(m.file, m.breaks, isa, BROKEN)
+        caught_by = first_failure(tools(isa), isa, folder / "check")
+    verdict = CAUGHT if caught_by else SURVIVED
+    seconds = round(time.perf_counter() - start, 1)
+    return Outcome(m.file, m.breaks, isa, verdict, caught_by, seconds)
+
+
+def runnable(console: Console, base: Path, wanted: set[str]) -> list[str]:
+    """Which of these instruction sets can be checked here; they must pass without a fault."""
+    sets = [isa for isa in ISAS if isa in wanted and available(isa)]
+    for used in {tools(isa) for isa in sets}:
+        build_base(used, base / used.folder)
+    out = []
+    for isa in sets:
+        why = first_failure(tools(isa), isa, base / tools(isa).folder / "check")
+        if not why:
+            out.append(isa)
+        elif "this machine runs" not in why:
+            raise SystemExit(f"{isa} fails before anything is broken: {why}")
+    console.print("breaking", *out)
+    return out
+
+
+def fits(m: Mutation) -> bool:
+    """Whether the text to replace occurs exactly once."""
+    path = ROOT / SOURCE / m.file
+    return path.exists() and path.read_text().count(m.old) == 1 and m.old != m.new
+
+
+def run(
+    console: Console, mutations: list[Mutation], jobs: int
+) -> tuple[list[Outcome], list[Mutation]]:
+    """Outcomes, and the faults of instruction sets that this machine lacks."""
+    outcomes = [Outcome(m.file, m.breaks, m.isa, STALE) for m in mutations if not fits(m)]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+        base = Path(name)
+        named = {m.isa for m in mutations}
+        sets = runnable(console, base, set(ISAS) if "" in named else named)
+        default = next((isa for isa in sets if isa != "amx"), "")
+        usable = [m for m in mutations if fits(m) and (m.isa or default) in sets]
+        started = [pool.submit(try_out, m, m.isa or default, base) for m in usable]
         try:
-            for job in jobs:
+            for job in track(as_completed(started), "faults", len(started), console=console):
                 outcomes.append(job.result())
-                last, count = outcomes[-1], f"{len(outcomes)}/{len(usable)}"
-                console.print(count, last.mutation.breaks, "→", last.caught_by or "SURVIVED")
+                if outcomes[-1].verdict != CAUGHT:
+                    console.print(*asdict(outcomes[-1]).values(), markup=False)
         finally:
             pool.shutdown(cancel_futures=True)
-    return outcomes, isa, sorted({m.isa for m in MUTATIONS if m not in usable})
+    return outcomes, [m for m in mutations if fits(m) and m not in usable]
 
 
 # --- reporting -----------------------------------------------------------------------------------
 
 
 def show(console: Console, outcomes: list[Outcome]) -> None:
-    table = Table("file", "fault", "caught by")
+    table = Table("file", "set", "fault", "", "caught by")
     for o in outcomes:
-        verdict = o.caught_by or "[bold red]SURVIVED[/]"
-        table.add_row(o.mutation.file, o.mutation.breaks, verdict)
+        verdict = o.verdict if o.verdict == CAUGHT else f"[bold red]{o.verdict}[/]"
+        table.add_row(o.file, o.isa, o.fault, verdict, o.caught_by)
     console.print(table)
 
 
-def save(outcomes: list[Outcome], isa: str, skipped: list[str], seconds: float) -> None:
-    rows = [
-        {"file": o.mutation.file, "fault": o.mutation.breaks, "caught_by": o.caught_by}
-        for o in outcomes
-    ]
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def save(outcomes: list[Outcome], skipped: list[Mutation], seconds: float) -> None:
     found = {
-        "isa": isa, "skipped": skipped, "seconds": round(seconds), "faults": len(outcomes),
-        "survived": sum(not o.caught_by for o in outcomes), "rows": rows,
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        "machine": {"cpu": cpu_model(), "system": f"{platform.system()} {platform.release()}"},
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(seconds),
+        "faults": len(outcomes),
+        "verdicts": dict(Counter(o.verdict for o in outcomes)),
+        "per_set": dict(Counter(o.isa for o in outcomes)),
+        "skipped": sorted({m.isa for m in skipped}),
+        "rows": [asdict(o) for o in outcomes],
+    }
+    RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> int:
-    console, start = Console(), time.perf_counter()
-    if gone := stale():
-        console.print("These faults no longer fit the source:", *gone, sep="\n", markup=False)
-        return 1
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "pytest", "hypothesis", "sparsefx.codegen.native"]
-    )
-    outcomes, isa, skipped = run(console)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at once")
+    parser.add_argument("--only", default="", help="faults whose file or name has this; not saved")
+    options = parser.parse_args()
+    console, start = Console(width=None if os.isatty(1) else 200), time.perf_counter()
+    chosen = [m for m in MUTATIONS if options.only in f"{m.file} {m.isa} {m.breaks}"]
+    outcomes, skipped = run(console, chosen, options.jobs)
+    order = {(m.file, m.breaks): i for i, m in enumerate(MUTATIONS)}
+    outcomes.sort(key=lambda o: order[o.file, o.fault])
     show(console, outcomes)
-    save(outcomes, isa, skipped, time.perf_counter() - start)
-    survived = sum(not o.caught_by for o in outcomes)
-    console.print(f"{len(outcomes)} faults in {isa}, {survived} unnoticed; skipped: {skipped}")
-    return int(survived > 0)
+    if not options.only:
+        save(outcomes, skipped, time.perf_counter() - start)
+    verdicts = Counter(o.verdict for o in outcomes)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    console.print(f"{len(outcomes)} faults: {counts}; {len(skipped)} skipped")
+    return int(verdicts[CAUGHT] < len(outcomes))
 
 
 if __name__ == "__main__":

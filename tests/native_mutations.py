@@ -13,7 +13,7 @@ class Mutation(NamedTuple):
     new: str
     breaks: str
     isa: str = ""
-    """The only instruction set that has this code; empty: all have."""
+    """The instruction set to break; empty: any, all have this code."""
 
 
 # fmt: off
@@ -49,8 +49,9 @@ PACK = [
 ]
 
 KERNELS = [
-    ("V::set(w->zero * sum)", "V::zero()", "zero-point correction skipped"),
-    ("V::mul(zero, V::set(sum))", "V::set(w->zero * sum)", "one zero point for all rows"),
+    ("V::set((w->zero - bias) * sum)", "V::zero()", "zero-point correction skipped"),
+    ("V::mul(V::sub(zero, V::set(bias)), V::set(sum))",
+     "V::set((w->zero - bias) * sum)", "one zero point for all rows"),
     ("return V::fma(acc, scale, result);", "return V::fma(acc, scale, V::zerof());",
      "a segment overwrites those before it"),
     ("if (i < steps) step(0);", "", "an odd last step is dropped"),
@@ -73,10 +74,10 @@ KERNELS = [
 MULTIPLY = [
     ("to += __builtin_popcountll(mask) * kSize;", "to += __builtin_popcountll(mask >> 1) * kSize;",
      "kept activations: a column overwritten"),
-    ("to < end; to += 64)", "to < start; to += 64)", "no zeros behind the kept activations"),
+    ("V::store(to, V::zero()); // as far", "// as far", "no zeros behind the kept activations"),
     ("panel + w.masks_at + segment.start / 8", "panel + w.masks_at",
      "the first segment's columns for all"),
-    ("out += bytes;", "out += bytes + 4;", "segments of kept activations too far apart"),
+    ("* step * kSize;", "* step * kSize + 4;", "segments of kept activations too far apart"),
     ("if (r < rows) direct<Reader, kCodes, 1>", "if (false) direct<Reader, kCodes, 1>",
      "an odd last row is dropped"),
     ("__builtin_nearbyintf(x[i] / scale)", "__builtin_floorf(x[i] / scale + 0.5f)",
@@ -94,14 +95,15 @@ MULTIPLY = [
 READERS = [
     ("codes += 4 * __builtin_popcount(mask);", "codes += 4 * __builtin_popcount(mask & 0x7fff);",
      "popcount without the last lane"),
-    ("rest = V::mul(zero, V::set(kFamily == kBytes ? 0x01010101 : repeat_code(kBits)));",
+    ("rest = V::mul(zero, V::set(kUnpacked ? 0x01010101 : repeat_code(kBits)));",
      "rest = V::zero();", "what is not stored decodes from 0, not from the zero point"),
-    ("mask_of(j - kUnits), v)", "mask_of(-1 - j), v)", "the mask of another unit"),
+    ("mask_of(j - kUnits), field(raw[0], j))", "mask_of(-1 - j), field(raw[0], j))",
+     "the mask of another unit"),
     ("kept > longest ? kept : longest", "kept", "units that share bytes: the last one's length"),
     ("V::shift_right(raw[2], j - 2)", "V::shift_right(raw[2], j - 1)",
      "third bits shifted too far"),
     ("8 * i + kBits * j)", "8 * i + 4 * j)", "2-bit codes shifted like 4-bit ones"),
-    ("V::set(255)", "V::set(127)", "8-bit codes lose a bit"),
+    ("V::set((1 << kBits) - 1)", "V::set(127 & ((1 << kBits) - 1))", "8-bit codes lose a bit"),
     ("- (kZeros ? 0 : w.zero));", "- 0);", "zero point left out of the table of values"),
     ("codes += kBytesPerValue * kept;", "codes += 4 * kept;", "16-bit values read as 32-bit ones"),
 ]
@@ -152,6 +154,143 @@ AVX512 = [
     ("_mm512_ternarylogic_epi32(mask, a, b, 0xca)", "_mm512_ternarylogic_epi32(mask, a, b, 0xac)",
      "select takes the other operand"),
 ]
+AMX = [
+    ("_tile_dpbssd(3, 5, 7)", "_tile_dpbssd(3, 4, 7)", "int8: rows of another tile"),
+    ("_tile_dpbf16ps(2, 5, 6)", "_tile_dpbf16ps(2, 5, 7)", "bfloat16: another panel"),
+    ("_tile_loadd(5, x + next_rows, 64)", "_tile_loadd(5, x, 64)", "the first 16 rows twice"),
+    ("V::setf(x_scales[r * x_scales_stride])", "V::setf(x_scales[0])",
+     "the first row's activation scale for all"),
+    ("(kInt ? 1 : b.x.slices)", "1", "only the first slice of x counts"),
+    ("if (kRowTiles == 2 && kPanels == 2) _tile_zero(3);", "", "a tile of sums is not emptied"),
+    ("rows - 16 * h < 16 ? rows - 16 * h : 16,", "rows - 16 * h < 16 ? rows - 16 * h - 1 : 16,",
+     "the last row is dropped"),
+    ("b.scales += 2 * kStretch;", "b.scales += kStretch;", "scales of another panel"),
+    ("if (first) cursor.restore(reader);", "", "each stretch begins with the panel's first code"),
+    ("codes ? segment.scale : 0};", "0};", "the first activation scale for all segments"),
+    ("(segment.word - w.segments[first].word)", "segment.word", "x of another stretch"),
+    ("return w.bits < 8 || (!w.zero_points && w.zero == 128);", "return true;",
+     "8-bit codes that no signed byte holds"),
+    ("x_type == SFX_F16 ? 2 : 3", "x_type == SFX_F16 ? 1 : 2", "a slice of x is missing"),
+    ("_mm512_maskz_sub_ps(finite, rest,", "_mm512_sub_ps(rest,", "infinity becomes NaN"),
+    ("row % kTileRows * 64", "row % 8 * 64", "rows of x overwrite each other"),
+    ("(segment.columns + 63) / 64;", "segment.columns / 64;", "the last columns stay away"),
+    ("    b.tile += 2 * kRows;\n", "    b.tile += kRows;\n", "panels change places"),
+    ("b.x_scales + 16 * h * b.x_scales_stride", "b.x_scales",
+     "activation scales of the first 16 rows for the next"),
+]
+
+AMX_UNITS = [
+    ("_mm512_sub_epi8(reader.unit(j), offset)", "reader.unit(j)", "zero points not subtracted"),
+    ("(1 << (i % 4)) - 1));", "(2 << (i % 4)) - 1));", "kept columns spread one too far"),
+    ("V::set(8 * (column % 4))", "V::set(8 * (column % 2))", "columns of a lane start too early"),
+    ("static_cast<unsigned>(mask & 15)", "static_cast<unsigned>(mask & 7)",
+     "every fourth column is not counted"),
+    ("24 - 16 * half", "24 - 8 * half", "the wrong byte becomes bfloat16"),
+    ("V::set(static_cast<int32_t>(0xffff0000)), h, V",
+     "V::set(static_cast<int32_t>(0x0000ffff)), h, V", "halves of a lane not put together"),
+    ("widen(dense, words * 16, units)", "widen(dense, words * 16 - 16, units)",
+     "the last 64 columns are not widened"),
+    ("w.masks_at + segment.start / 8", "w.masks_at", "the first segment's columns for all"),
+    ("if (i + 1 < columns) {", "if (true) {", "an odd last column is put together with the next"),
+    ("V::select(upper, high, low)", "V::select(upper, low, high)", "pairs of columns swapped"),
+]
+
+AVX2 = [
+    ("w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));", "", "128 is not taken off wide codes"),
+    ("x = _mm256_sign_epi8(x, w);", "", "the sign of wide codes is lost"),
+    ("w = _mm256_abs_epi8(w);", "", "negative codes pass for large ones"),
+    ("_mm_srli_si128(v, 8)", "_mm_srli_si128(v, 4)", "zero points of other rows"),
+    ("half_at(bytes(p) + 16)}", "half_at(bytes(p))}", "the first eight float16 twice"),
+    ("bytes(p) + size * __builtin_popcount(low(mask))",
+     "bytes(p) + size * __builtin_popcount(low(mask) >> 1)", "lanes of the upper half off by one"),
+    ("_mm256_blendv_ps(_mm256_permutevar8x32_ps(v, from), rest, _mm256_castsi256_ps(from))",
+     "_mm256_permutevar8x32_ps(v, from)", "lanes that are not stored decode from another"),
+    ("half_at(behind(p, mask, 2))", "half_at(behind(p, mask, 4))", "kept float16 too far apart"),
+    ("p += __builtin_popcount(mask & 0xffff);", "p += __builtin_popcount(mask & 0x7fff);",
+     "kept bytes: each 16th is not counted"),
+    ("bytes(p) + __builtin_popcount(low))", "bytes(p))", "the first half's bytes for both"),
+    ("_mm256_blendv_epi8(kept, rest, from)", "kept", "bytes that are not stored decode from 0"),
+    ("_mm256_set_m128i(d, c)};", "_mm256_set_m128i(d, b)};", "sum of kept codes: parts mistaken"),
+    ("out += 4 * __builtin_popcount(part);", "out += 32;", "kept floats are left apart"),
+    ("_mm_shuffle_epi32(sum, 0xb1)", "_mm_shuffle_epi32(sum, 0x4e)", "sum of half the lanes"),
+    ("_mm256_andnot_si256(mask.b, y.b)", "_mm256_and_si256(mask.b, y.b)",
+     "3-bit codes of the upper rows lose their low bits"),
+]
+
+PORTABLE = [
+    ("pairs(w >> 8 & low, x >> 8)", "pairs(w >> 8 & low, x)", "every other column of x twice"),
+    ("(((Short)x << 8) >> 8)", "((Short)x & 255)", "activations without sign"),
+    ("((p << 16) >> 16)", "(p & 0xffff)", "products without sign"),
+    ("mask &= mask - 1, from += 4)", "mask &= mask - 1, from += 2)", "kept lanes overlap"),
+    ("half_at(p, i++)", "half_at(p, i)", "the first kept value for all"),
+    ("= *from++;", "= *from;", "the first kept byte for all"),
+    ("kept[count++]", "kept[count ? count++ : ++count]", "kept activations one too far"),
+    ("x + 4 * __builtin_ctzll(mask), 4)", "x + 4 * (63 - __builtin_clzll(mask)), 4)",
+     "the last kept activation for all"),
+    ("for (int i = 0; i < 16; ++i) sum += v[i];", "for (int i = 1; i < 16; ++i) sum += v[i];",
+     "sum without the first lane"),
+    ("(mask & a) | (~mask & b)", "(mask & a) | b", "3-bit codes: bits of neighbours"),
+]
+
+NEON = [
+    ("kWide ? veorq_u8(codes, vdupq_n_u8(128)) : codes", "codes",
+     "128 is not taken off wide codes"),
+    ("to & 0x80 ? 0x80 : 4 * to + i % 4", "to & 0x80 ? 0x80 : 4 * to + i % 2",
+     "half of a kept lane twice"),
+    ("from & 0x80 ? 0x80 : 4 * from + i % 4", "from & 0x80 ? 0x80 : 4 * from + 3 - i % 4",
+     "kept floats reversed"),
+    ("vmovl_u16(vget_high_u16(low)),", "vmovl_u16(vget_low_u16(low)),",
+     "zero points of other rows"),
+    ("vshll_n_u16(read<uint16x4_t>(p), 16)", "vshll_n_u16(read<uint16x4_t>(p), 15)",
+     "bfloat16 shifted too little"),
+    ("at += 4 * kBitTables.ones[part(mask, i)];\n      return expand(rest.v[i]",
+     "at += 2 * kBitTables.ones[part(mask, i)];\n      return expand(rest.v[i]",
+     "kept lanes overlap"),
+    ("at += kBitTables.ones[low] + kBitTables.ones[high];", "at += kBitTables.ones[low];",
+     "kept bytes: every other eight are not counted"),
+    ("out += kBitTables.ones[part];", "out += 8;", "kept codes are left apart"),
+    ("vaddq_u32(a.v[2], a.v[3])", "vaddq_u32(a.v[2], a.v[2])", "sum: the last lanes left out"),
+    ("vfmaq_f32(c.v[i], a.v[i], b.v[i])", "vfmaq_f32(c.v[0], a.v[i], b.v[i])",
+     "sums of the first four rows for all"),
+]
+
+TABLES = [
+    ("low[mask][i] = ones[mask];", "low[mask][i] = 0;", "bits above the eighth take from 0 again"),
+    ("compress[mask][ones[mask]++] = static_cast<uint8_t>(i);",
+     "compress[mask][ones[mask]++] = static_cast<uint8_t>(7 - i);", "positions in reverse order"),
+]
+
+BIAS = [
+    ("w->kind == kCode8 ? V::kBias : 0", "0", "what dot took off wide codes is not put back"),
+    ("kCodes && V::kBias && Reader::kColumnsPerStep == step_columns(kCode8);", "false;",
+     "wide codes overflow 16 bits"),
+]
+
+UNPACKED = [
+    ("kFamily == kBytes && !V::kExpandsMemory;", "kFamily == kBytes;",
+     "bytes in memory: the zero point is not repeated"),
+    ("field(Vec::expand_bytes(rest, mask_of(j - kUnits), shared), j)",
+     "Vec::expand_bytes(rest, mask_of(j - kUnits), shared)", "bits of the other units stay"),
+    ("if constexpr (V::kExpandsMemory) shared = codes;",
+     "if constexpr (V::kExpandsMemory) shared = codes + 1;", "kept bytes off by one"),
+]
+
+BLOCKS = [
+    ("run(Constant<1>());", "", "rows left over from blocks are dropped"),
+    ("units + q * panel_bytes", "units", "the first panel's codes for both"),
+    ("x.scale(r, scale)));", "x.scale(0, scale)));",
+     "blocks: the first row's activation scale for all"),
+]
+
+ISA = [
+    ("!std::strcmp(name, isa->name)", "!std::strncmp(name, isa->name, 1)",
+     "a set that only begins alike is chosen"),
+]
+
+THREADS = [
+    ("i < count; ++i) body(context, i);", "i + 1 < count; ++i) body(context, i);",
+     "without threads, the last share of work is left out"),
+]
 # fmt: on
 
 
@@ -163,8 +302,19 @@ MUTATIONS = [
     *_of("pack.cpp", PACK),
     *_of("linear.cpp", LINEAR),
     *_of("floats.h", FLOATS),
+    *_of("isa.cpp", ISA),
+    *_of("threads.cpp", THREADS),
     *_of("kernels.h", KERNELS),
+    *_of("kernels.h", BIAS, "avx2"),
+    *_of("kernels.h", BLOCKS, "portable"),
     *_of("multiply.h", MULTIPLY),
     *_of("readers.h", READERS),
+    *_of("readers.h", UNPACKED, "portable"),
+    *_of("tables.h", TABLES, "avx2"),
+    *_of("amx.cpp", AMX, "amx"),
+    *_of("amx_units.h", AMX_UNITS, "amx"),
     *_of("vec_avx512.h", AVX512, "avx512"),
+    *_of("vec_avx2.h", AVX2, "avx2"),
+    *_of("vec_portable.h", PORTABLE, "portable"),
+    *_of("vec_neon.h", NEON, "neon"),
 ]

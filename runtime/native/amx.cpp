@@ -31,7 +31,7 @@ static bool runs_here() {
 #define SFX_ISA amx
 #include "vec_avx512.h"
 
-#include "kernels.h"
+#include "amx_units.h"
 
 namespace sfx {
 namespace amx {
@@ -46,66 +46,6 @@ struct alignas(64) Config {
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-
-// The segment's units as signed bytes, `words` × 16 of them, zero behind the last column.
-template <class Reader>
-int decode_bytes(Reader &reader, I zero, int steps, uint8_t *out) {
-  const I offset = V::mul(zero, V::set(0x01010101));
-  uint8_t *at = out;
-  for (int i = 0; i < steps; ++i) {
-    reader.next();
-#pragma GCC unroll 8
-    for (int j = 0; j < Reader::kUnits; ++j, at += kUnit)
-      V::store(at, _mm512_sub_epi8(reader.unit(j), offset));
-  }
-  const int words = (steps * Reader::kUnits + 15) / 16;
-  for (uint8_t *end = out + words * kTileBytes; at < end; at += kUnit) V::store(at, V::zero());
-  return words;
-}
-
-// Byte shuffles that put the first bytes of a lane where a mask of 4 columns has its ones.
-struct Spread {
-  alignas(64) uint8_t control[16][64];
-  constexpr Spread() : control() {
-    for (int mask = 0; mask < 16; ++mask)
-      for (int i = 0; i < 64; ++i) {
-        const int before = __builtin_popcount(mask & ((1 << (i % 4)) - 1));
-        control[mask][i] =
-            mask >> (i % 4) & 1 ? static_cast<uint8_t>(i / 4 % 4 * 4 + before) : uint8_t(0x80);
-      }
-  }
-};
-constexpr Spread kSpread; // not built at run time, with instructions that the processor may lack
-
-// Units of the columns that a panel keeps, side by side, to units of all columns.
-void spread(const uint8_t *masks, int words, const uint8_t *from, uint8_t *to) {
-  int column = 0;
-  for (int i = 0; i < words; ++i) {
-    uint64_t mask;
-    __builtin_memcpy(&mask, masks + 8 * i, 8);
-    for (int j = 0; j < 16; ++j, mask >>= 4, to += kUnit) {
-      const uint8_t *at = from + column / 4 * kUnit;
-      const I shift = V::set(8 * (column % 4));
-      const I lane = _mm512_shrdv_epi32(V::load(at), V::load(at + kUnit), shift);
-      V::store(to, _mm512_shuffle_epi8(lane, V::load(kSpread.control[mask & 15])));
-      column += __builtin_popcount(static_cast<unsigned>(mask & 15));
-    }
-  }
-}
-
-// Signed bytes, 4 columns to a lane, to bfloat16, 2 columns to a lane.
-void widen(const uint8_t *from, int units, uint8_t *to) {
-  for (int i = 0; i < units; ++i, from += kUnit) {
-    const I v = V::load(from);
-    for (int half = 0; half < 2; ++half, to += kUnit) {
-      const I low = _mm512_srai_epi32(V::shift_left(v, 24 - 16 * half), 24);
-      const I high = _mm512_srai_epi32(V::shift_left(v, 16 - 16 * half), 24);
-      const I l = _mm512_castps_si512(V::to_float(low));
-      const I h = _mm512_castps_si512(V::to_float(high));
-      V::store(to, V::select(V::set(static_cast<int32_t>(0xffff0000)), h, V::shift_right(l, 16)));
-    }
-  }
-}
 
 // Codes of the next stretch, fetched a few lines at a time while tiles are multiplied.
 struct Ahead {
@@ -138,8 +78,6 @@ void tiles(const char *x, int64_t next_rows, const uint8_t *units, int64_t panel
     }
   }
 }
-
-constexpr int kStretch = 16; // segments decoded at a time, of kMaxSegment columns together
 
 // A segment of a stretch: its tiles, where its units lie and its tiles of x.
 struct Part {
@@ -221,29 +159,6 @@ void panels_of_rows(Block b, int panels, int rows, const Cursor *cursors, int tu
   }
 }
 
-// What a stretch of one panel takes as signed bytes and as bfloat16; each segment is padded.
-constexpr int64_t kBytes8 = (int64_t(kMaxSegment) + 64 * kStretch) * kRows + kTileBytes;
-constexpr int64_t kBytes16 = 2 * kBytes8;
-static_assert(kMostPanels * kBytes16 + 2 * kBytes8 <= kUnitsBytes, "scratch is too small");
-
-// Segment s of one panel as units of the type that meets x; returns words of 64 columns.
-template <class Reader>
-int decode_segment(const Weight &w, Reader &reader, const Scaling &scaling, int s, bool codes,
-                   uint8_t *units, uint8_t *room) {
-  const Segment &segment = w.segments[s];
-  uint8_t *dense = codes ? units : room, *kept = room + kBytes8;
-  int words = segment.steps;
-  if (w.family == kColumns) {
-    const uint32_t *counts = reinterpret_cast<const uint32_t *>(scaling.panel + w.counts_at);
-    decode_bytes(reader, scaling.zero, static_cast<int>(counts[s]), kept);
-    spread(scaling.panel + w.masks_at + segment.start / 8, words, kept, dense);
-  } else {
-    words = decode_bytes(reader, scaling.zero, words, dense);
-  }
-  if (!codes) widen(dense, words * 16, units);
-  return words;
-}
-
 // Segments [first, first + count) of one panel; fills in `parts` and the panel's scales.
 template <class Reader>
 void decode_stretch(const Weight &w, Cursor &cursor, Scaling &scaling, int first, int count,
@@ -315,16 +230,22 @@ template <Family kFamily, class... Args> void run_tiles(const Weight &w, Args...
   if (w.kind == kCode2) return run<Codes<kFamily, kCode2, false>>(w, args...);
   if (w.kind == kCode4) return run<Codes<kFamily, kCode4, false>>(w, args...);
   if (w.kind == kCode8) return run<Codes<kFamily, kCode8, false>>(w, args...);
+  if constexpr (kFamily != kBytes)
+    if (w.kind == kBfloat16) return run<Floats<kFamily, kBfloat16>>(w, args...);
   if constexpr (kFamily == kDense) run<Codes<kDense, kCode3, false>>(w, args...);
 }
 
-// Codes whose distance from their zero point fits a signed byte.
+// Codes whose distance from their zero point fits a signed byte, and those bfloat16 values that tiles
+// neither take for 0 (subnormal ones) nor make NaN of (infinity times a slice that is 0).
 bool fits(const Weight &w) {
-  return !is_float(w.kind) && (w.bits < 8 || (!w.zero_points && w.zero == 128));
+  if (is_float(w.kind)) return w.kind == kBfloat16 && w.family != kColumns && w.plain;
+  return w.bits < 8 || (!w.zero_points && w.zero == 128);
 }
 
 int slices(const Weight &w, int64_t m, int x_type, bool codes) {
+  constexpr int kManyOutputs = 128; // from here cutting x into slices pays
   if (m < kManyRows || !fits(w)) return 0;
+  if (is_float(w.kind) && x_type != SFX_BF16 && w.n < kManyOutputs) return 0;
   return codes || x_type == SFX_BF16 ? 1 : x_type == SFX_F16 ? 2 : 3;
 }
 

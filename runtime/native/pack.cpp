@@ -254,6 +254,7 @@ private:
     w.bits = s_.bits;
     w.zero = s_.zero;
     w.zero_points = s_.zero_points != nullptr;
+    w.plain = s_.type == SFX_BF16 && plain(static_cast<const uint16_t *>(s_.values), s_.n * s_.k);
     w.a8_scales = std::max<int64_t>(s_.a8_group ? ceil_div(s_.k, s_.a8_group) : 1, 1);
     w.segment_count = static_cast<int32_t>(segments_.size());
     w.segments = copy(segments_.data(), segments_.size());
@@ -263,6 +264,12 @@ private:
     w.masks_at = masks_at_;
     w.codes_at = codes_at_;
     w.data = copy(all.data(), all.size());
+  }
+  static bool plain(const uint16_t *values, int64_t count) {
+    return std::none_of(values, values + count, [](uint16_t v) {
+      const int exponent = v >> 7 & 0xff;
+      return exponent == 0xff || (exponent == 0 && (v & 0x7f));
+    });
   }
   // A copy, aligned for vector loads, that may be read 256 bytes beyond its end.
   template <class T> static T *copy(const T *from, size_t count) {

@@ -60,6 +60,7 @@ struct Weight {
   int32_t bits; // of codes
   int32_t zero;
   bool zero_points;
+  bool plain;   // of bfloat16: no value is subnormal, infinite or NaN
   int64_t a8_scales;             // activation scales per row
   int32_t segment_count;
   const Segment *segments;

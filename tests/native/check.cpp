@@ -1,21 +1,29 @@
 // Checks the CPU engine against plain loops, on every instruction set of the machine: each family,
 // kind of code, type of activations and boundary shape. Small integers must come out exact; random
-// numbers within bounds that follow from the number of roundings. No arguments; 1 if any check fails.
+// numbers within bounds that follow from the number of roundings. Returns 1 if any check fails.
+// An argument names the only instruction set to check; the first failure then ends the program.
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <set>
 #include <thread>
 
+#include "../../runtime/native/floats.h"
 #include "reference.h"
 
 namespace {
 int checks = 0, failures = 0;
+string only; // the instruction set to check; empty: all
 }
 
 void expect(bool good, const string &what) {
   ++checks;
   if (good) return;
   if (++failures <= 20) std::printf("FAILED %s\n", what.c_str());
+  if (!only.empty()) {
+    std::fflush(stdout);
+    std::_Exit(1);
+  }
 }
 
 namespace {
@@ -35,28 +43,37 @@ std::vector<string> isas() {
   const string all = sfx_isas();
   for (size_t from = 0; from < all.size();) {
     const size_t end = std::min(all.find(' ', from), all.size());
-    out.push_back(all.substr(from, end - from));
+    const string isa = all.substr(from, end - from);
+    if (only.empty() || isa == only) out.push_back(isa);
     from = end + 1;
   }
   return out;
 }
 
-// Numbers in the type of x, from the rounded doubles that they are.
+// Numbers in the type of x, from the rounded doubles that they are; and back.
 std::vector<char> in_type(const std::vector<double> &values, int type) {
-  std::vector<char> out(values.size() * static_cast<size_t>(sfx::size_of(type)));
-  std::vector<float> floats(values.begin(), values.end());
-  if (!floats.empty())
-    sfx::write(out.data(), 0, floats.data(), static_cast<int64_t>(floats.size()), type);
+  std::vector<char> out;
+  for (double v : values) {
+    const float wide = static_cast<float>(v);
+    const uint16_t narrow = type == SFX_F32 ? uint16_t(0) : narrowed(v, type);
+    const char *from = type == SFX_F32 ? reinterpret_cast<const char *>(&wide)
+                                       : reinterpret_cast<const char *>(&narrow);
+    out.insert(out.end(), from, from + (type == SFX_F32 ? 4 : 2));
+  }
   return out;
+}
+double number(const std::vector<char> &from, int i, int type) {
+  if (type == SFX_F32) return reinterpret_cast<const float *>(from.data())[i];
+  return widen(reinterpret_cast<const uint16_t *>(from.data())[i], type);
 }
 
 // Runs the call on every set for the first m rows of x and compares with `want`.
 void compare(const Weight &w, const Input &x, int m, sfx_call call, const Matrix<Sum> &want,
-             const string &name) {
+             const string &name, const std::vector<string> &sets = isas()) {
   const int n = w.c.n, stride = n + 2;
-  for (const string &isa : isas()) {
+  for (const string &isa : sets) {
     char error[SFX_ERROR] = "";
-    sfx_set_isa(isa.c_str(), error);
+    expect(!sfx_set_isa(isa.c_str(), error) && isa == sfx_isa(), isa + " is chosen");
     const std::vector<double> before(static_cast<size_t>(m) * stride, 777);
     std::vector<char> y = in_type(before, x.type);
     call.x = x.data();
@@ -67,19 +84,17 @@ void compare(const Weight &w, const Input &x, int m, sfx_call call, const Matrix
     call.x_type = x.type;
     call.a8 = w.c.a8;
     const bool ran = !sfx_linear(w.packed.get(), &call, error);
-    std::vector<float> got(before.size());
-    sfx::read(got.data(), y.data(), 0, static_cast<int64_t>(got.size()), x.type);
     const double narrow = x.type == SFX_F32 ? 0 : x.type == SFX_F16 ? 0x1p-11 : 0x1p-8;
     double worst = 0, off = 0;
     bool whole = true;
     for (int i = 0; i < m * stride; ++i) {
       if (i % stride >= n) {
-        whole = whole && got[i] == round_to(777, x.type);
+        whole = whole && number(y, i, x.type) == round_to(777, x.type);
         continue;
       }
       const Sum &s = want[i / stride * n + i % stride];
       const double most = s.error + narrow * (std::abs(s.value) + s.error) + 0x1p-25 * (narrow > 0);
-      const double far = std::abs(got[i] - s.value);
+      const double far = std::abs(number(y, i, x.type) - s.value);
       if (!(far <= most) && !(far < worst)) worst = far, off = most;
     }
     char numbers[80];
@@ -95,7 +110,7 @@ void check_epilogues(int type, Random &random) {
   const Case thin{SFX_F32, 0, false, kNone, false, false, 5, c.k, 1, 0};
   const Case tall{SFX_F32, 0, false, kNone, false, false, c.n, 5, 1, 0};
   const Weight w(c, random), down(thin, random), up(tall, random);
-  const Input x(type, 13, c, random);
+  const Input x(type, type == SFX_F32 ? 270 : 13, c, random); // tiles of results have 256 rows
   const std::vector<float> scale = {0.5f, -1, 2, 0.25f, 1};
   const Matrix<Sum> plain = products(x, w), low = products(x, down);
   for (int bits = 0; bits < 32; ++bits) {
@@ -140,13 +155,18 @@ void check_case(const Case &c, Random &random, std::vector<int> rows) {
   if (!w.packed) return;
   seen.insert(string(sfx_family(w.packed.get())) + " " + std::to_string(c.type) + "/" +
               std::to_string(c.bits));
-  const Input x(c.exact && !c.a8 ? SFX_BF16 : SFX_F32, rows.back(), c, random);
-  const Matrix<Sum> want = products(x, w);
-  for (int m : rows) {
-    sfx_call call{};
-    call.threads = m % 4 ? 1 : 2;
-    call.parallel = in_threads;
-    compare(w, x, m, call, want, c.name());
+  std::vector<int> types = {c.exact && !c.a8 ? SFX_BF16 : SFX_F32};
+  if (!c.exact && !c.a8) types.push_back(SFX_F16);
+  for (int type : types) {
+    const Input x(type, rows.back(), c, random);
+    const Matrix<Sum> want = products(x, w);
+    if (type == SFX_F16) rows = {rows.back()};
+    for (int m : rows) {
+      sfx_call call{};
+      call.threads = m % 4 ? 1 : 2;
+      call.parallel = m % 8 ? in_threads : nullptr; // null: one thread runs all shares
+      compare(w, x, m, call, want, c.name());
+    }
   }
 }
 
@@ -163,7 +183,7 @@ void check_products(Random &random) {
   const std::vector<int> many = {2, 4, 7, 16};
   for (const Codec &codec : codecs)
     for (const auto &s : shapes)
-      for (int pattern = kNone; pattern <= kEmpty; ++pattern)
+      for (int pattern = kNone; pattern <= kAllButLast; ++pattern)
         for (int variant = 0; variant < 8; ++variant) {
           Case c{codec.type,    codec.bits, (variant & 1) != 0, Pattern(pattern), (variant & 2) != 0,
                  variant & 4 ? true : false, s[0], s[1], s[2], variant & 2 ? s[3] : 0};
@@ -172,6 +192,54 @@ void check_products(Random &random) {
         }
   check_case({SFX_CODE, 4, false, kAny, true, false, 40, 70, 35, 35}, random, {257, 300});
   check_case({SFX_CODE, 4, true, kColumns, false, false, 150, 70, 35, 0}, random, {257, 300});
+}
+
+bool same_kind(double got, double want) {
+  if (std::isnan(want)) return std::isnan(got);
+  return std::isinf(want) ? got == want : std::isfinite(got);
+}
+
+// Infinity and NaN go where they belong, and none that a call leaves in memory reach the next.
+void check_not_finite(Random &random) {
+  char error[SFX_ERROR] = "";
+  const Case cases[] = {{SFX_CODE, 4, false, kNone, false, false, 37, 132, 32, 0},
+                        {SFX_CODE, 3, true, kColumns, false, false, 37, 132, 64, 0},
+                        {SFX_CODE, 4, false, kColumns, false, false, 37, 132, 132, 0},
+                        {SFX_CODE, 8, true, kAny, false, false, 37, 132, 32, 0},
+                        {SFX_F16, 0, false, kColumns, false, false, 37, 132, 132, 0}};
+  for (const Case &c : cases) {
+    const Weight w(c, random);
+    const Input x(SFX_F32, 20, c, random);
+    const Matrix<Sum> want = products(x, w);
+    for (int m : {3, 8, 20}) {
+      std::vector<float> odd(static_cast<size_t>(m) * c.k), y(static_cast<size_t>(m) * c.n);
+      for (float &v : odd) v = random.real();
+      for (int i = 0; i < m; ++i) {
+        float *row = odd.data() + i * c.k;
+        if (i % 3 == 0) row[random.below(c.k)] = i % 2 ? INFINITY : -INFINITY;
+        if (i % 3 == 1) std::fill(row, row + c.k, NAN);
+      }
+      sfx_call call{};
+      call.x = odd.data();
+      call.y = y.data();
+      call.m = m;
+      call.x_stride = c.k;
+      call.y_stride = c.n;
+      call.threads = 1;
+      for (const string &isa : isas()) {
+        sfx_set_isa(isa.c_str(), error);
+        bool good = !sfx_linear(w.packed.get(), &call, error);
+        for (int i = 0; i < m * c.n && c.pattern == kNone; ++i) {
+          double sum = 0;
+          for (int j = 0; j < c.k; ++j)
+            sum += double(odd[i / c.n * c.k + j]) * w.value[i % c.n * c.k + j];
+          good = good && same_kind(y[i], sum);
+        }
+        expect(good, isa + " infinity and NaN " + c.name());
+        compare(w, x, m, call, want, "after NaN " + c.name(), {isa});
+      }
+    }
+  }
 }
 
 // Codes and scales of activations, to the bit: a row of ones picks each of them.
@@ -248,6 +316,51 @@ void check_sharing(Random &random) {
   expect(same, "one weight in four threads");
 }
 
+// float16 and bfloat16 both ways: every pattern, and the numbers around where rounding changes.
+void check_floats() {
+  for (int type : {SFX_F16, SFX_BF16}) {
+    auto narrow = [&](float v) { return type == SFX_F16 ? sfx::to_half(v) : sfx::to_bfloat(v); };
+    auto wide = [&](uint16_t b) { return type == SFX_F16 ? sfx::from_half(b) : sfx::from_bfloat(b); };
+    bool read = true, written = true;
+    for (int i = 0; i < 1 << 16; ++i) {
+      const uint16_t bits = static_cast<uint16_t>(i);
+      const double v = widen(bits, type);
+      read = read && (std::isnan(v) ? std::isnan(wide(bits)) : wide(bits) == v);
+      const double next = widen(static_cast<uint16_t>(i + 1), type);
+      const double beyond = std::isinf(next) ? 2 * v - widen(static_cast<uint16_t>(i - 1), type) : next;
+      const float half = static_cast<float>(std::isfinite(v) ? (v + beyond) / 2 : v);
+      for (float f : {static_cast<float>(v), half, std::nextafter(half, INFINITY),
+                      std::nextafter(half, -INFINITY)})
+        written = written && narrow(f) == narrowed(f, type);
+    }
+    const string name = type == SFX_F16 ? "float16" : "bfloat16";
+    expect(read, name + " to float32");
+    expect(written, "float32 to " + name);
+  }
+}
+
+// The functions of an epilogue on their own, more closely than products can be held to.
+void check_activations() {
+  for (int activation : {SFX_RELU, SFX_SILU, SFX_GELU, SFX_GELU_TANH}) {
+    double worst = 0;
+    for (float v = -12; v <= 12; v += 0x1p-6f) {
+      float got = v;
+      sfx::activate(&got, 1, activation);
+      const double far = std::abs(got - activated(v, activation));
+      worst = std::max(worst, far / (kU * std::abs(v) + 1e-30));
+    }
+    const string name = "activation " + std::to_string(activation);
+    expect(worst <= (activation == SFX_RELU ? 0 : 8), name + ": " + std::to_string(worst));
+    float nan = NAN;
+    sfx::activate(&nan, 1, activation);
+    expect(std::isnan(nan), name + " of NaN");
+  }
+  double worst = 0;
+  for (float v = -87; v <= 88; v += 0x1p-7f)
+    worst = std::max(worst, std::abs(sfx::fast_exp(v) / std::exp(double(v)) - 1));
+  expect(worst <= 4 * kU, "e^x: " + std::to_string(worst / kU));
+}
+
 void check_refusals(Random &random) {
   char error[SFX_ERROR] = "";
   sfx_source source{};
@@ -269,10 +382,15 @@ void check_refusals(Random &random) {
 
 } // namespace
 
-int main() {
+int main(int argc, char **argv) {
+  if (argc > 1) only = argv[1];
+  expect(!isas().empty(), "this machine runs " + only);
   Random random{20240229};
   check_refusals(random);
+  check_floats();
+  check_activations();
   check_quantize(random);
+  check_not_finite(random);
   check_products(random);
   for (int type : {SFX_F32, SFX_F16, SFX_BF16}) check_epilogues(type, random);
   check_sharing(random);

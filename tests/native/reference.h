@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "../../runtime/native/floats.h"
 #include "../../runtime/native/sparsefx.h"
 
 using std::string;
@@ -31,8 +30,10 @@ struct Random {
   float real() { return static_cast<float>(below(1 << 23)) * 0x1p-22f - 1; } // -1 … 1
 };
 
-enum Pattern { kNone, kSteps, kAny, kColumns, kEmpty };
-const char *const kPatterns[] = {"none", "steps", "any", "columns", "empty"};
+// Masks; the last three almost fit a family that would lose what they keep or store too much.
+enum Pattern { kNone, kSteps, kAny, kColumns, kEmpty, kHalfSteps, kOneRow, kAllButLast };
+const char *const kPatterns[] = {"none",  "steps",      "any",           "columns",
+                                 "empty", "half steps", "but one row's", "all but the last"};
 
 struct Case {
   int type, bits;
@@ -50,8 +51,33 @@ struct Case {
   }
 };
 
+// float16 and bfloat16: bits of fraction, the field that means infinity, the least exponent.
+struct Layout {
+  int digits, top, least;
+  explicit Layout(int type)
+      : digits(type == SFX_BF16 ? 7 : 10), top(type == SFX_BF16 ? 255 : 31),
+        least(type == SFX_BF16 ? -126 : -14) {}
+};
+
 inline double widen(uint16_t bits, int type) {
-  return type == SFX_BF16 ? sfx::from_bfloat(bits) : sfx::from_half(bits);
+  const Layout l(type);
+  const int field = (bits & 0x7fff) >> l.digits, fraction = bits & ((1 << l.digits) - 1);
+  const double sign = bits >> 15 ? -1 : 1;
+  if (field == l.top) return fraction ? NAN : sign * INFINITY;
+  const int hidden = field ? 1 << l.digits : 0;
+  return sign * std::ldexp(hidden + fraction, std::max(field, 1) - 1 + l.least - l.digits);
+}
+
+// To nearest, ties to even.
+inline uint16_t narrowed(double v, int type) {
+  const Layout l(type);
+  const int sign = std::signbit(v) ? 0x8000 : 0, infinity = l.top << l.digits;
+  if (std::isnan(v)) return static_cast<uint16_t>(infinity | 1 << (l.digits - 1));
+  if (std::isinf(v)) return static_cast<uint16_t>(sign | infinity);
+  const int exponent = v == 0 ? l.least : std::max(std::ilogb(v), l.least);
+  const double units = std::nearbyint(std::ldexp(std::abs(v), l.digits - exponent));
+  const int bits = ((exponent - l.least) << l.digits) + static_cast<int>(units);
+  return static_cast<uint16_t>(sign | std::min(bits, infinity));
 }
 
 // A weight of random codes or values, and what it stands for.
@@ -95,9 +121,15 @@ struct Weight {
       for (int j = 0; j < c.k; ++j) {
         uint8_t &keep = mask[i * c.k + j];
         if (c.pattern == kAny) keep = random.below(16) < i % 16;
-        if (c.pattern == kSteps)
-          keep = j % c.group % step ? mask[i * c.k + j - 1] : random.below(2);
-        if (c.pattern == kColumns) keep = i % 16 ? mask[(i - 1) * c.k + j] : random.below(3) > 0;
+        if (c.pattern == kSteps || c.pattern == kHalfSteps) {
+          const int same = c.pattern == kSteps ? step : step / 2;
+          keep = j % c.group % same ? mask[i * c.k + j - 1] : random.below(2);
+        }
+        if (c.pattern == kColumns || c.pattern == kOneRow) {
+          const int own = c.pattern == kColumns ? 0 : 1; // the last row that is not a copy
+          keep = i % 16 > own ? mask[(i - 1) * c.k + j] : random.below(3) > 0;
+        }
+        if (c.pattern == kAllButLast) keep = i + 1 < c.n || j + 1 < c.k;
       }
   }
   bool kept(int i, int j) const { return mask.empty() || mask[i * c.k + j]; }
@@ -122,7 +154,7 @@ struct Weight {
       for (int j = 0; j < c.k; ++j) {
         const float v = c.exact ? static_cast<float>(random.below(17) - 8) : random.real();
         wide.push_back(v);
-        narrow.push_back(c.type == SFX_BF16 ? sfx::to_bfloat(v) : sfx::to_half(v));
+        narrow.push_back(narrowed(v, c.type));
         const double stored = c.type == SFX_F32 ? v : widen(narrow.back(), c.type);
         value.push_back(kept(i, j) ? stored : 0.0);
       }
@@ -147,7 +179,7 @@ struct Input {
       float v = random.real() * static_cast<float>(1 << random.below(8));
       if (c.exact) v = static_cast<float>(j ? random.below(19) - 9 : random.below(2) * 254 - 127);
       wide.push_back(v);
-      narrow.push_back(type == SFX_BF16 ? sfx::to_bfloat(v) : sfx::to_half(v));
+      narrow.push_back(narrowed(v, type));
     }
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < k; ++j)
@@ -205,9 +237,7 @@ inline Matrix<Sum> products(const Input &x, const Weight &w) {
 }
 
 inline double round_to(double v, int type) {
-  if (type == SFX_F32) return v;
-  const float f = static_cast<float>(v);
-  return widen(type == SFX_BF16 ? sfx::to_bfloat(f) : sfx::to_half(f), type);
+  return type == SFX_F32 ? v : widen(narrowed(v, type), type);
 }
 
 struct Extras { // of an epilogue; empty: none
