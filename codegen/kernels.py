@@ -6,28 +6,20 @@ last row serves every format on every device. A faster kernel is one function an
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsefx.codegen import native
+from sparsefx.codegen import crossover, native
 from sparsefx.codegen.prepared import PRODUCTS, Product
 from sparsefx.ir.codecs import Codec, Float, Int
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import Dense, Layout
 from sparsefx.ir.op import add_branch, quantize_rows, reference, stored, use_kernel
-
-MATMUL_ROWS = {"avx512": 128}
-"""Engine's instruction set → rows from which on oneDNN's int8 product is as fast or faster.
-
-Measured with K×N 4096×4096, one thread, oneDNN held to AVX-512 VNNI; with AMX the engine is faster
-throughout, and oneDNN's AVX2 code is slower than either.
-"""
 
 
 @dataclass(frozen=True)
@@ -94,31 +86,36 @@ def _native_rejects(fmt: Format, problem: Problem) -> str | None:
         return f"computes in float32, not {problem.dtype}"
     if not problem.n * problem.k:
         return "the weight is empty"
-    if (problem.m or 0) >= (rows := _native_rows(fmt, problem)):
-        return f"int8_matmul is faster from {rows} rows on"
+    if (problem.m or 0) >= crossover.LEAST and (problem.m or 0) >= _native_rows(fmt, problem)[0]:
+        rows, rival = _native_rows(fmt, problem)
+        return f"{rival} is faster from {rows} rows on, as measured here once"
     return native.why_missing() or None
 
 
-def _native_rows(fmt: Format, problem: Problem) -> int:
-    """The number of rows from which on another kernel is faster."""
-    engine = native.engine()
-    plain = isinstance(fmt.layout, Dense) and isinstance(fmt.codec, Int)
-    if engine is None or not plain or _int8_rejects(fmt, problem) is not None:
-        return sys.maxsize
-    return MATMUL_ROWS.get(engine.isa, sys.maxsize)
+def _native_rows(fmt: Format, problem: Problem) -> tuple[int, str]:
+    """The number of rows from which on another kernel is faster, and its name."""
+    engine, rival = native.engine(), UNPACK
+    if engine is None:
+        return crossover.NEVER, ""
+    if isinstance(fmt.layout, Dense) and isinstance(fmt.codec, Int):
+        rival = UNPACK if _int8_rejects(fmt, problem) else INT8
+    plain = replace(fmt, rank=0)
+    return crossover.rows(plain, problem.dtype, engine, rival.name, rival.run), rival.name
 
 
 def _native_run(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor]) -> Tensor:
     """The CPU engine (`runtime/native/`) over the weight in its own order."""
     engine = native.engine()
     assert engine is not None
-    fmt, problem = packed.format, Problem(None, packed.n, packed.k, x.dtype, "cpu")
     product = PRODUCTS.get(
         packed.buffers,
-        lambda current: Product(engine, packed, current, _native_rows(fmt, problem)),
+        lambda current: Product(engine, packed, current, crossover.LEAST),
         lambda found: found.packs(packed),
     )
-    y = product.any_rows(x, packed.buffers, bias, branch, str(fmt), packed.n)
+    if x.numel() >= crossover.LEAST * packed.k:
+        problem = Problem(None, packed.n, packed.k, x.dtype, "cpu")
+        product.serve(_native_rows(packed.format, problem)[0])
+    y = product.any_rows(x, packed.buffers, bias, branch, str(packed.format), packed.n)
     assert y is not None, "the weight was edited while it was multiplied by"
     return y
 

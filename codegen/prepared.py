@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_void_p
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -126,12 +127,16 @@ class Product:
     def __init__(self, engine: native.Engine, packed: Packed, current: Current, rows: int) -> None:
         self.format, self.n, self.k = packed.format, packed.n, packed.k
         self.weight = engine.pack(packed)
-        self.any_rows = linear_by(self.weight, packed.format, current, sys.maxsize)
+        self._by = partial(linear_by, self.weight, packed.format, current)
+        self.any_rows = self._by(sys.maxsize)
         """`sparsefx::linear`, None where the weight or what is asked for is another."""
-        self.linear = self.any_rows
-        """The same, and None from `rows` rows on."""
-        if rows < sys.maxsize:
-            self.linear = linear_by(self.weight, packed.format, current, rows)
+        self.rows = -1
+        self.serve(rows)
+
+    def serve(self, rows: int) -> None:
+        """Let `linear` be `any_rows` for less than `rows` rows of x, and None from there on."""
+        if rows != self.rows:
+            self.rows, self.linear = rows, self._by(rows)
 
     def packs(self, packed: Packed) -> bool:
         """It was made of the same tensors, and reads them in the same way."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import pytest
+
+os.environ.setdefault("SPARSEFX_TUNE", "off")  # which kernel runs must not depend on a stopwatch
 
 if find_spec("torchvision"):  # a torchvision of another build breaks `import transformers`
     from sparsefx.models.torchvision import usable_torchvision

@@ -179,6 +179,11 @@ AMX = [
      "activation scales of the first 16 rows for the next"),
 ]
 
+AMX_PACK = [
+    ("(exponent == 0 && (v & 0x7f))", "false", "subnormal weights pass for plain"),
+    ("exponent == 0xff ||", "", "infinite weights pass for plain"),
+]
+
 AMX_UNITS = [
     ("_mm512_sub_epi8(reader.unit(j), offset)", "reader.unit(j)", "zero points not subtracted"),
     ("(1 << (i % 4)) - 1));", "(2 << (i % 4)) - 1));", "kept columns spread one too far"),
@@ -311,6 +316,7 @@ MUTATIONS = [
     *_of("readers.h", READERS),
     *_of("readers.h", UNPACKED, "portable"),
     *_of("tables.h", TABLES, "avx2"),
+    *_of("pack.cpp", AMX_PACK, "amx"),
     *_of("amx.cpp", AMX, "amx"),
     *_of("amx_units.h", AMX_UNITS, "amx"),
     *_of("vec_avx512.h", AVX512, "avx512"),

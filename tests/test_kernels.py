@@ -17,7 +17,7 @@ from test_op import check, made, random_branch
 from torch import Tensor, nn
 
 import sparsefx
-from sparsefx.codegen import kernels, native
+from sparsefx.codegen import crossover, kernels, native
 from sparsefx.codegen.kernels import NATIVE, Problem, choose
 from sparsefx.codegen.prepared import PRODUCTS, Product
 from sparsefx.ir.codecs import CODECS
@@ -96,8 +96,10 @@ def test_what_the_engine_refuses(problem: Problem, why: str) -> None:
 def test_long_int8_products_may_go_to_another_kernel(
     monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    assert ENGINE is not None
-    monkeypatch.setitem(kernels.MATMUL_ROWS, ENGINE.isa, 4)
+    monkeypatch.setattr(crossover, "LEAST", 2)
+    monkeypatch.setattr(
+        crossover, "rows", lambda fmt, dtype, engine, name, run: 4 if "int8" in name else 99
+    )
     choose.cache_clear()
     x, packed = made(text, 6, 8, 16)
     names = [choose(packed.format, Problem(m, 8, 16, x.dtype, "cpu")) for m in (3, 4)]

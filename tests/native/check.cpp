@@ -242,6 +242,46 @@ void check_not_finite(Random &random) {
   }
 }
 
+// Weights that are tiny, infinite or not numbers, in rows of 20 and fewer.
+void check_odd_weights(Random &random) {
+  const uint16_t odd[] = {0x0001, 0x007f, 0x7f80, 0x7fc0}; // of bfloat16
+  const int k = 70;
+  for (uint16_t bits : odd) {
+    const Case c{SFX_BF16, 0, false, kNone, false, false, 4, k, k, 0};
+    Weight w(c, random);
+    for (int j = 0; j < k; ++j) w.narrow[k + j] = j % 3 ? 0x3f80 : 0;
+    w.narrow[2 * k + 5] = bits;
+    for (int j = 0; j < k; ++j) w.narrow[3 * k + j] = j == 5 ? bits : 0;
+    sfx_source source{};
+    source.n = c.n;
+    source.k = source.group_size = k;
+    source.type = SFX_BF16;
+    source.values = w.narrow.data();
+    char error[SFX_ERROR] = "";
+    w.packed.reset(sfx_pack(&source, error));
+    const std::vector<float> x(20 * k, 1.5f);
+    for (const string &isa : isas())
+      for (int m : {1, 6, 20}) {
+        std::vector<float> y(m * c.n);
+        sfx_call call{};
+        call.x = x.data();
+        call.y = y.data();
+        call.m = m;
+        call.x_stride = k;
+        call.y_stride = c.n;
+        sfx_set_isa(isa.c_str(), error);
+        bool good = !sfx_linear(w.packed.get(), &call, error);
+        const double want = 1.5 * widen(bits, SFX_BF16);
+        for (int i = 0; i < m; ++i) {
+          const float *row = y.data() + i * c.n;
+          good = good && row[1] == 1.5f * 46 && same_kind(row[2], want);
+          good = good && (std::isfinite(want) ? row[3] == want : same_kind(row[3], want));
+        }
+        expect(good, isa + " weight of bits " + std::to_string(bits) + " m=" + std::to_string(m));
+      }
+  }
+}
+
 // Codes and scales of activations, to the bit: a row of ones picks each of them.
 void check_quantize(Random &random) {
   const int k = 80;
@@ -391,6 +431,7 @@ int main(int argc, char **argv) {
   check_activations();
   check_quantize(random);
   check_not_finite(random);
+  check_odd_weights(random);
   check_products(random);
   for (int type : {SFX_F32, SFX_F16, SFX_BF16}) check_epilogues(type, random);
   check_sharing(random);
