@@ -1,22 +1,28 @@
 """ONNX: an exported program becomes an ONNX graph in which every packed weight is lowered.
 
 torch.onnx first writes each `sparsefx::linear` and `sparsefx::unpack` as one placeholder node of
-our own domain; `lower` then replaces the placeholders by what `onnx_lower`'s table says.
+our own domain. `lower` makes of each product a node `sparsefx::Linear` over the stored buffers,
+with a function body in standard operators (`onnx_lower`'s table): stock ONNX Runtime runs the
+body, and the CPU engine takes the node where it is registered. Equal bodies are written once.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsefx.codegen.onnx_lower import ORT_DOMAIN, Lowering, Problem, Stored, Writer, choose
+from sparsefx.codegen.onnx_decode import Source, attributes_of
+from sparsefx.codegen.onnx_lower import ORT_DOMAIN, Lowering, Problem, Stored, choose, round_rows
+from sparsefx.codegen.onnx_writer import Writer
+from sparsefx.ir.codecs import Int
 from sparsefx.ir.errors import ExportError, MissingPackageError
 from sparsefx.ir.format import Format, Packed
 
@@ -41,8 +47,8 @@ class Lowered:
     op: str
     note: str
     """Why this is not the preferred operator, and what was stored wider; empty when neither."""
-    weight: str
-    """Graph value of the stored weight: MatMulNBits's codes or a (K, N) matrix."""
+    stored: str
+    """Initializer that holds the stored values."""
     output: str
     """Graph value of the product, bias and branch included, or of the unpacked weight."""
 
@@ -145,29 +151,59 @@ def lower(model: ir.Model, tensors: Mapping[str, Tensor]) -> list[Lowered]:
     import onnx_ir.passes.common as passes
 
     lowerer = _Lowerer(model.graph, tensors)
-    rows = [lowerer.replace(node) for node in list(model.graph) if node.domain == DOMAIN]
+    rows = [lowerer.replace(node) for node in list(model.graph) if _placeholder(node)]
     passes.RemoveUnusedNodesPass()(model)
-    left = [node.name for node in model.graph.all_nodes() if node.domain == DOMAIN]
-    left += [node.name for f in model.functions.values() for node in f if node.domain == DOMAIN]
+    left = [node.name for node in model.graph.all_nodes() if _placeholder(node)]
+    left += [node.name for f in model.functions.values() for node in f if _placeholder(node)]
     if left:
         raise ExportError(f"packed weights inside control flow cannot be exported: {left[:3]}")
     model.graph.opset_imports.pop(DOMAIN, None)
+    for function in lowerer.functions.values():
+        model.functions[function.identifier()] = function
+        model.graph.opset_imports[DOMAIN] = 1
     if any(node.domain == ORT_DOMAIN for node in model.graph):
         model.graph.opset_imports[ORT_DOMAIN] = 1
     return rows
+
+
+def _placeholder(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and node.op_type in ("linear", "unpack")
 
 
 Emitted = tuple[tuple[str, str, str, str, str], Sequence["ir.Node"], "ir.Value"]
 """The first five fields of Lowered, the new nodes and their result."""
 
 
+@dataclass(frozen=True)
+class _Product:
+    """The operands of one placeholder `linear`, as graph values."""
+
+    x: ir.Value
+    weight: list[ir.Value]
+    branch: list[ir.Value]
+    bias: ir.Value | None
+    packed: Packed
+    name: str
+    """Module that holds the packed weight."""
+
+    @property
+    def operands(self) -> list[ir.Value]:
+        return [self.x, *self.weight, *self.branch, *([] if self.bias is None else [self.bias])]
+
+    def over(self, values: Sequence[ir.Value]) -> _Product:
+        """The same with other values as operands."""
+        x, rest = values[0], list(values[1:])
+        bias = rest.pop() if self.bias is not None else None
+        count = len(self.weight)
+        return replace(self, x=x, weight=rest[:count], branch=rest[count:], bias=bias)
+
+
 class _Lowerer:
-    """Replaces placeholders of one graph; a weight that several of them use is written once."""
+    """Replaces placeholders of one graph; a body that several products share is written once."""
 
     def __init__(self, graph: ir.Graph, tensors: Mapping[str, Tensor]) -> None:
         self.graph, self.tensors = graph, tensors
-        self.written: dict[tuple[object, ...], Stored] = {}
-        self.zero: ir.Value | None = None
+        self.functions: dict[str, ir.Function] = {}
 
     def replace(self, node: ir.Node) -> Lowered:
         from onnx_ir.convenience import replace_nodes_and_values
@@ -181,54 +217,81 @@ class _Lowerer:
         return Lowered(*row, output=value.name)
 
     def _linear(self, node: ir.Node) -> Emitted:
+        product = self._product(node)
+        x = product.x
+        writer = Writer(product.name)
+        types = writer.types
+        assert x.dtype is not None
+        if x.dtype == types.DOUBLE:  # the engine has no such products: the body stands here
+            row, why, stored, y = _body(writer, product, types.DOUBLE)
+            return _describe(product, row, why, stored), writer.tape.nodes, y
+        # Half-precision products run in float32, as ONNX Runtime has no CPU kernels for bfloat16
+        # and emulates float16; the weight is then not rounded to half precision either.
+        wide, fmt = writer.cast(x, types.FLOAT), product.packed.format
+        if fmt.a8 and not isinstance(fmt.codec, Int) and product.packed.k:
+            # The engine multiplies float weights by floats only: these are rounded before.
+            wide = round_rows(writer, wide, product.packed.k, fmt.a8_group or product.packed.k)
+            product = replace(product, packed=replace(product.packed, format=fmt.float_activations))
+        wide.shape = x.shape
+        product = replace(product, x=wide)
+        function, described = self._function(product)
+        y = writer.tape.op(
+            function.name, product.operands, _attributes(product), domain=DOMAIN,
+            overload=function.overload,
+        )  # fmt: skip
+        y.dtype = types.FLOAT
+        y = writer.cast(y, x.dtype)
+        return (described[0], str(fmt), *described[2:]), writer.tape.nodes, y
+
+    def _product(self, node: ir.Node) -> _Product:
         x, *rest = node.inputs
         assert x is not None
         assert x.shape is not None
-        assert x.dtype is not None
         bias = rest.pop() if node.attributes["biased"].as_int() else None
         count = node.attributes["weights"].as_int()
         k = x.shape[-1]
         assert isinstance(k, int)
-        packed, name = self._packed(node, rest[:count], node.attributes["n"].as_int(), k)
-        writer = Writer(name)
-        double = x.dtype == writer.types.DOUBLE
-        row, why = choose(Problem(packed.format, packed.n, k, double))
-        stored, first = self._stored(row, packed, name, rest[:count])
-        # Half-precision products run in float32, as ONNX Runtime has no CPU kernels for bfloat16
-        # and emulates float16; the weight is then not rounded to half precision either.
-        compute = writer.types.DOUBLE if double else writer.types.FLOAT
-        wide = writer.cast(x, compute)
-        if x.shape.rank() == 1:
-            wide = writer.op("Unsqueeze", wide, self._axis(writer))
-            wide.dtype = compute
-        y = row.product(writer, wide, stored)
-        if bias is not None:
-            y = writer.op("Add", y, writer.cast(bias, compute))
-        y = _add_branch(writer, y, wide, rest[count:], compute)
-        if x.shape.rank() == 1:
-            y = writer.op("Squeeze", y, self._axis(writer))
-        y.dtype = compute
-        y = writer.cast(y, x.dtype)
-        self._register(writer)
-        return _describe(name, packed, row, why, stored), (*first, *writer.tape.nodes), y
+        weight: list[Any] = list(rest[:count])
+        branch: list[Any] = list(rest[count:])
+        packed, name = self._packed(node, weight, node.attributes["n"].as_int(), k)
+        return _Product(x, weight, branch, bias, packed, name)
 
-    def _axis(self, writer: Writer) -> ir.Value:
-        """The constant [0], written once."""
-        if self.zero is None:
-            self.zero = writer.constant("axis", torch.tensor([0]))
-        return self.zero
+    def _function(self, product: _Product) -> tuple[ir.Function, tuple[str, str, str, str, str]]:
+        """The body for `product`, and its row."""
+        import onnx_ir
+
+        writer = Writer(product.name)
+        inputs = [
+            onnx_ir.Value(name=name, shape=v.shape, type=v.type)
+            for name, v in zip(_input_names(product), product.operands, strict=True)
+        ]
+        row, why, stored, y = _body(writer, product.over(inputs), writer.types.FLOAT)
+        y.name = "y"
+        key = _overload(product)
+        if key not in self.functions:
+            imports = {"": OPSET, ORT_DOMAIN: 1}
+            graph = onnx_ir.Graph(inputs, [y], nodes=writer.tape.nodes, opset_imports=imports)
+            declared = [
+                onnx_ir.Attr(name, onnx_ir.AttributeType.UNDEFINED, None)
+                for name in _attributes(product)
+            ]
+            self.functions[key] = onnx_ir.Function(
+                DOMAIN, "Linear", key, graph=graph, attributes=declared
+            )
+        return self.functions[key], _describe(product, row, why, stored)
 
     def _unpack(self, node: ir.Node) -> Emitted:
         n, k = node.attributes["n"].as_int(), node.attributes["k"].as_int()
-        packed, name = self._packed(node, node.inputs, n, k)
+        values: list[Any] = list(node.inputs)
+        packed, name = self._packed(node, values, n, k)
         writer = Writer(name)
         row, _ = choose(Problem(packed.format, n, k), dense=True)
-        stored, first = self._stored(row, packed, name, node.inputs)
+        stored = row.store(writer, Source.of(packed, values))
         to = writer.types(node.attributes["to"].as_int())
         y = writer.op("Transpose", writer.cast(stored.inputs[0], to), perm=[1, 0])
         y.dtype = to
-        described = _describe(name, packed, row, OPAQUE, stored)
-        return described, (*first, *writer.tape.nodes), y
+        product = _Product(values[0], values, [], None, packed, name)
+        return _describe(product, row, OPAQUE, stored), writer.tape.nodes, y
 
     def _packed(self, node: ir.Node, values: Sequence[Any], n: int, k: int) -> tuple[Packed, str]:
         """The stored weight behind a placeholder, and the name of the module that holds it."""
@@ -240,35 +303,68 @@ class _Lowerer:
         packed = Packed(fmt, n, k, tuple(self.tensors[name].detach().cpu() for name in names))
         return packed, names[0].rpartition(".")[0]
 
-    def _stored(
-        self, row: Lowering, packed: Packed, name: str, values: Sequence[Any]
-    ) -> tuple[Stored, Sequence[ir.Node]]:
-        """The weight in the graph, and the nodes to insert when it is new there."""
-        # Addresses of the model's own tensors: those of copies from a GPU may be used again.
-        places = (self.tensors[value.name].data_ptr() for value in values)
-        key = (row.op, str(packed.format), packed.n, packed.k, *places)
-        if key in self.written:
-            return self.written[key], ()
-        # A weight may be in the file twice: in blocks for its products and as a matrix to unpack.
-        writer = Writer(f"{name}/{row.suffix}")
-        stored = row.store(writer, packed)
-        for index, value in enumerate(stored.inputs):
-            value.name = value.name or f"{writer.name}/input{index}"
-        self._register(writer)
-        self.written[key] = stored
-        return stored, writer.tape.nodes
 
-    def _register(self, writer: Writer) -> None:
-        for value in writer.tape.initializers:
-            self.graph.register_initializer(value)
+def _input_names(product: _Product) -> list[str]:
+    branch = ["down", "up", "branch_scale"][: len(product.branch)]
+    bias = ["bias"] * (product.bias is not None)
+    return ["x", *product.packed.format.buffers, *branch, *bias]
+
+
+def _attributes(product: _Product) -> dict[str, Any]:
+    """What the CPU engine is told of a product; the body depends on none of it."""
+    packed, fmt = product.packed, product.packed.format
+    codec = [0]
+    if isinstance(fmt.codec, Int):
+        codec = [1, fmt.codec.bits, fmt.codec.group_size, int(fmt.codec.symmetric)]
+    return {
+        "format": str(fmt), "n": packed.n, "k": packed.k, "layout": attributes_of(fmt.layout),
+        "codec": codec, "a8": int(fmt.a8), "a8_group": fmt.a8_group,
+        "branch": int(bool(product.branch)), "biased": int(product.bias is not None),
+    }  # fmt: skip
+
+
+def _overload(product: _Product) -> str:
+    """A name for the body: everything that it depends on."""
+    x, packed = product.x, product.packed
+    sizes = "_".join(str(buffer.numel()) for buffer in packed.buffers)
+    parts = [re.sub(r"[^\w]+", "_", str(packed.format)), f"{packed.n}x{packed.k}", sizes]
+    parts += [f"b{v.dtype}" for v in (*product.weight[-1:], *product.branch[:1])]
+    parts += ["bias_" + str(product.bias.dtype)] if product.bias is not None else []
+    assert x.shape is not None
+    return "-".join([*parts, "vector"] if x.shape.rank() == 1 else parts)
+
+
+def _body(
+    writer: Writer, product: _Product, compute: ir.DataType
+) -> tuple[Lowering, str, Stored, ir.Value]:
+    """The product in ordinary operators: what serves it, why nothing better, weight and result."""
+    x, packed = product.x, product.packed
+    assert x.shape is not None
+    double = compute == writer.types.DOUBLE
+    row, why = choose(Problem(packed.format, packed.n, packed.k, double))
+    stored = row.store(writer, Source.of(packed, product.weight))
+    wide = x
+    if x.shape.rank() == 1:
+        wide = writer.op("Unsqueeze", x, writer.ints(0))
+        wide.dtype = compute
+    y = row.product(writer, wide, stored)
+    if product.bias is not None:
+        y = writer.op("Add", y, writer.cast(product.bias, compute))
+    y = _add_branch(writer, y, wide, product.branch, compute)
+    if x.shape.rank() == 1:
+        y = writer.op("Squeeze", y, writer.ints(0))
+    y.dtype = compute
+    return row, why, stored, y
 
 
 def _describe(
-    name: str, packed: Packed, row: Lowering, why: str, stored: Stored
+    product: _Product, row: Lowering, why: str, stored: Stored
 ) -> tuple[str, str, str, str, str]:
     note = "; ".join(part for part in (why, stored.note) if part)
-    assert stored.inputs[0].name is not None
-    return name, str(packed.format), row.op, note, stored.inputs[0].name
+    names = dict(zip(product.packed.format.buffers, product.weight, strict=True))
+    place = names["values"].name
+    assert place is not None
+    return product.name, str(product.packed.format), row.op, note, place
 
 
 def _add_branch(

@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparsefx.ir.bits import pack_bits
+from sparsefx.codegen.onnx_decode import (
+    Source,
+    fields,
+    kept,
+    merge_codes,
+    per_column,
+    per_group,
+    spread,
+)
+from sparsefx.codegen.onnx_writer import Writer
 from sparsefx.ir.codecs import Int
-from sparsefx.ir.format import Format, Packed
+from sparsefx.ir.format import Format
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,47 +39,6 @@ BLOCKS = (256, 128, 64, 32, 16)
 """Block sizes of the CPU MatMulNBits kernel; it throws at any other."""
 RAGGED_BLOCK = 32
 """Block for one scale per row when no block divides K: least padding without the slow block 16."""
-
-
-class Writer:
-    """New nodes and initializers for one weight or product."""
-
-    def __init__(self, name: str) -> None:
-        import onnx_ir
-
-        self.name = name
-        self.tape = onnx_ir.tape.Tape()
-        self.types = onnx_ir.DataType
-
-    def constant(self, suffix: str, tensor: Tensor) -> ir.Value:
-        """An initializer called after the layer."""
-        import onnx_ir
-
-        name = f"{self.name}/{suffix}"
-        data = onnx_ir.tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name=name)
-        return self.tape.initializer(data)
-
-    def op(
-        self, kind: str, *inputs: ir.Value, domain: str = "", **attributes: float | list[int]
-    ) -> ir.Value:
-        """One node's only output."""
-        return self.tape.op(kind, inputs, attributes, domain=domain)
-
-    def ints(self, *values: int) -> ir.Value:
-        """A constant vector."""
-        return self.op("Constant", value_ints=list(values))
-
-    def number(self, value: float) -> ir.Value:
-        """A constant float32 scalar."""
-        return self.op("Constant", value_float=value)
-
-    def cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
-        """`value` as `to`; no node when it already is."""
-        if value.dtype == to:
-            return value
-        out = self.op("Cast", value, to=to.value)
-        out.dtype = to
-        return out
 
 
 @dataclass(frozen=True)
@@ -92,7 +59,7 @@ class Stored:
     attributes: Mapping[str, int] = field(default_factory=dict)
     """Of the product's node; for a matrix those of `round_rows`, empty: activations stay float."""
     note: str = ""
-    """What had to be stored wider than asked for, and why."""
+    """What is computed with more bits than are stored, and why."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +67,8 @@ class Lowering:
     """A row of the table."""
 
     op: str
-    suffix: str
-    """Part of the initializers' names."""
     rejects: Callable[[Problem], str | None]
-    store: Callable[[Writer, Packed], Stored]
+    store: Callable[[Writer, Source], Stored]
     product: Callable[[Writer, ir.Value, Stored], ir.Value]
 
 
@@ -139,7 +104,7 @@ def plan_blocks(problem: Problem) -> Blocks | str:
     if size is None:
         return _no_block(codec, problem.format.a8_group)
     bits = 8 if codec.bits > 4 else 4
-    note = f"{codec.bits}-bit codes stored in {bits}" if codec.bits != bits else ""
+    note = f"{codec.bits}-bit codes run as {bits}" if codec.bits != bits else ""
     if codec.bits == 2 and a8 and size >= 32:
         bits, note = 2, ""
     elif codec.bits == 2:
@@ -169,40 +134,69 @@ def nbits_rejects(problem: Problem) -> str | None:
     return plan if isinstance(plan, str) else None
 
 
-def store_blocks(writer: Writer, packed: Packed) -> Stored:
+def store_blocks(w: Writer, source: Source) -> Stored:
     """B, scales and zero points; positions not stored hold the zero point: exactly zero."""
-    plan = plan_blocks(Problem(packed.format, packed.n, packed.k))
+    plan = plan_blocks(Problem(source.format, source.n, source.k))
+    codec, n, k = source.format.codec, source.n, source.k
     assert isinstance(plan, Blocks)
-    codes, scales, zeros = grid_of(packed, 1 << (plan.bits - 1))
-    count = -(-packed.k // plan.size)
-    if zeros is not None:
-        padding = zeros[:, -1:].expand(-1, count * plan.size - packed.k)
+    assert isinstance(codec, Int)
+    count = -(-k // plan.size)
+    shape = (n, count, plan.size * plan.bits // 8)
+    scales = _blocks_of(w, per_group(w, source, "scales", codec), codec, k, plan)
+    zeros = None if codec.symmetric else per_group(w, source, "zero_points", codec)
+    if not source.format.layout.buffers and codec.bits == plan.bits and k % plan.size == 0:
+        b = source.values["values"]
+        if codec.symmetric:  # two's complement to codes from 0: the highest bits flip
+            b = w.op("BitwiseXor", b, w.constant(_high_bits(codec.bits)))
+        inputs = [w.reshape(b, *shape), scales]
     else:
-        padding = codes.new_full((packed.n, count * plan.size - packed.k), 1 << (plan.bits - 1))
-    stream = pack_bits(torch.cat([codes, padding], 1), plan.bits)
-    b = writer.constant("values", stream.view(packed.n, count, plan.size * plan.bits // 8))
-    inputs = [b, _block_scales(writer, _repeat(scales, packed, count, plan.size), plan)]
+        codes = _codes(w, source, codec, plan, zeros)
+        inputs = [merge_codes(w, codes, plan.bits, *shape), scales]
     if zeros is not None:
-        per_byte = 8 // plan.bits
-        rows = F.pad(_repeat(zeros, packed, count, plan.size), (0, -count % per_byte))
-        packed_zeros = pack_bits(rows, plan.bits).view(packed.n, -1)
-        inputs.append(writer.constant("zero_points", packed_zeros))
-    attributes = {"K": packed.k, "N": packed.n, "bits": plan.bits, "block_size": plan.size}
+        inputs.append(_block_zeros(w, zeros, codec, source, plan))
+    attributes = {"K": k, "N": n, "bits": plan.bits, "block_size": plan.size}
     return Stored(tuple(inputs), {**attributes, "accuracy_level": plan.accuracy}, plan.note)
 
 
-def _block_scales(writer: Writer, scales: Tensor, plan: Blocks) -> ir.Value:
-    # At accuracy level 4 ONNX Runtime silently returns zeros unless the scales are an initializer
-    # (1.31.1 with optimisation off, where a Cast is not folded): there they cost four bytes.
-    if plan.accuracy == 4:
-        return writer.constant("scales", scales)
-    return writer.cast(writer.constant("scales", scales.half()), writer.types.FLOAT)
+def _high_bits(bits: int) -> Tensor:
+    return torch.tensor(sum(1 << (i + bits - 1) for i in range(0, 8, bits)), dtype=torch.uint8)
 
 
-def _repeat(per_group: Tensor, packed: Packed, count: int, size: int) -> Tensor:
-    """(N, groups) spread over the blocks of `size` columns: (N, count)."""
-    starts = torch.arange(count, device=per_group.device) * size
-    return per_group[:, starts // packed.format.codec.group(packed.k)]
+def _codes(w: Writer, source: Source, codec: Int, plan: Blocks, zeros: ir.Value | None) -> ir.Value:
+    """MatMulNBits's unsigned codes (N, blocks · size), padding included."""
+    n, k = source.n, source.k
+    middle = 1 << (plan.bits - 1)
+    table = code_values(codec) + (middle if codec.symmetric else 0)
+    codes = fields(
+        w, source.values["values"], source.sizes["values"], codec.bits, table.to(torch.uint8)
+    )
+    fill = w.constant(torch.tensor([middle], dtype=torch.uint8))
+    if zeros is not None and source.format.layout.buffers:
+        wide = w.op("Expand", per_column(w, source, zeros, codec), w.ints(n, k))
+        fill = w.reshape(wide, n * k)
+    codes = w.reshape(spread(w, source, codes, fill), n, k)
+    if pad := -k % plan.size:
+        last = fill
+        if zeros is not None:
+            last = w.op("Gather", zeros, w.ints(codec.groups(k) - 1), axis=1)
+        codes = w.op("Concat", codes, w.op("Expand", last, w.ints(n, pad)), axis=1)
+    return codes
+
+
+def _blocks_of(w: Writer, grid: ir.Value, codec: Int, k: int, plan: Blocks) -> ir.Value:
+    """(N, groups) spread over the blocks along K."""
+    groups = torch.arange(0, k, plan.size) // codec.group(k)
+    if groups.tolist() == list(range(codec.groups(k))):
+        return grid
+    return w.op("Gather", grid, w.constant(groups), axis=1)
+
+
+def _block_zeros(w: Writer, zeros: ir.Value, codec: Int, source: Source, plan: Blocks) -> ir.Value:
+    per_byte, count = 8 // plan.bits, -(-source.k // plan.size)
+    rows = _blocks_of(w, zeros, codec, source.k, plan)
+    if pad := -count % per_byte:
+        rows = w.op("Pad", rows, w.ints(0, 0, 0, pad))
+    return merge_codes(w, rows, plan.bits, source.n, (count + pad) // per_byte)
 
 
 def multiply_blocks(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
@@ -212,35 +206,43 @@ def multiply_blocks(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
 # --- A dense matrix (K, N), dequantised at load --------------------------------------------------
 
 
-def store_int_matrix(writer: Writer, packed: Packed) -> Stored:
-    """8-bit codes, Cast and Mul: not DequantizeLinear, which ONNX Runtime would not fold."""
-    codec = packed.format.codec
-    codes, scales, zeros = grid_of(packed, 0)
-    count, size = scales.shape[1], codec.group(packed.k)
-    if count == 1:
-        size = packed.k
-    padded = F.pad(codes, (0, count * size - packed.k)).T.reshape(count, size, packed.n)
-    wide = writer.cast(writer.constant("values", padded), writer.types.FLOAT)
-    if zeros is not None:
-        zero = writer.constant("zero_points", zeros.T.reshape(count, 1, packed.n))
-        wide = writer.op("Sub", wide, writer.cast(zero, writer.types.FLOAT))
-    scale = writer.constant("scales", scales.half().T.reshape(count, 1, packed.n))
-    wide = writer.op("Mul", wide, writer.cast(scale, writer.types.FLOAT))
-    shape = writer.constant("shape", torch.tensor([count * size, packed.n]))
-    matrix = writer.op("Reshape", wide, shape, allowzero=1)
-    if count * size != packed.k:
-        ends = [writer.constant(s, torch.tensor([v])) for s, v in (("from", 0), ("to", packed.k))]
-        matrix = writer.op("Slice", matrix, *ends)
-    matrix.dtype = writer.types.FLOAT
+def code_values(codec: Int) -> Tensor:
+    """What each stored code stands for, before zero point and scale: (2^bits,) integers."""
+    codes = torch.arange(1 << codec.bits)
+    return torch.where(codes > codec.high, codes - (1 << codec.bits), codes)
+
+
+def store_int_matrix(w: Writer, source: Source) -> Stored:
+    """(code − zero point) · scale, zero where nothing is stored."""
+    codec, n, k = source.format.codec, source.n, source.k
     assert isinstance(codec, Int)
-    note = f"{codec.bits}-bit codes stored in 8" * (codec.bits < 8)
-    return Stored((matrix,), _rounding(packed), note)
+    table = code_values(codec).float()
+    codes = fields(w, source.values["values"], source.sizes["values"], codec.bits, table)
+    wide = w.reshape(spread(w, source, codes, w.constant(torch.zeros(1))), n, k)
+    if not codec.symmetric:
+        zeros = w.cast(per_group(w, source, "zero_points", codec), w.types.FLOAT)
+        wide = w.op("Sub", wide, per_column(w, source, zeros, codec))
+    wide = w.op("Mul", wide, per_column(w, source, per_group(w, source, "scales", codec), codec))
+    mask = None if codec.symmetric else kept(w, source)
+    if mask is not None:
+        wide = w.op("Where", w.reshape(mask, n, k), wide, w.number(0.0))
+    return _matrix(w, source, wide)
 
 
-def store_float_matrix(writer: Writer, packed: Packed) -> Stored:
-    """The values in their stored type."""
-    values = packed.unpack(packed.buffers[-1].dtype)
-    return Stored((writer.constant("values", values.T),), _rounding(packed))
+def store_float_matrix(w: Writer, source: Source) -> Stored:
+    """The values in float32, or float64 if they are stored so."""
+    values, types = source.values["values"], w.types
+    to = types.DOUBLE if values.dtype == types.DOUBLE else types.FLOAT
+    zero = torch.zeros(1, dtype=torch.float64 if to == types.DOUBLE else torch.float32)
+    wide = spread(w, source, w.cast(values, to), w.constant(zero))
+    return _matrix(w, source, w.reshape(wide, source.n, source.k), to)
+
+
+def _matrix(w: Writer, source: Source, wide: ir.Value, dtype: ir.DataType | None = None) -> Stored:
+    """(N, K) as the (K, N) that MatMul takes."""
+    out = w.op("Transpose", wide, perm=[1, 0])
+    out.dtype = dtype or w.types.FLOAT
+    return Stored((out,), _rounding(source))
 
 
 def multiply_matrix(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
@@ -249,10 +251,10 @@ def multiply_matrix(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
     return writer.op("MatMul", rows, writer.cast(weight.inputs[0], x.dtype))
 
 
-def _rounding(packed: Packed) -> dict[str, int]:
+def _rounding(source: Source) -> dict[str, int]:
     """Arguments of `round_rows`."""
-    fmt = packed.format
-    return {"k": packed.k, "group": fmt.a8_group or packed.k} if fmt.a8 and packed.k else {}
+    fmt, k = source.format, source.k
+    return {"k": k, "group": fmt.a8_group or k} if fmt.a8 and k else {}
 
 
 def round_rows(writer: Writer, x: ir.Value, k: int, group: int) -> ir.Value:
@@ -280,41 +282,17 @@ def round_rows(writer: Writer, x: ir.Value, k: int, group: int) -> ir.Value:
     return writer.cast(rows, x.dtype)
 
 
-def grid_of(packed: Packed, offset: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (N, K), scales (N, groups) and zero points of an integer weight.
-
-    Symmetric codes are shifted by `offset` and are uint8, or int8 when it is 0. Positions that
-    are not stored hold the code that decodes to zero.
-    """
-    fmt, split = packed.format, len(packed.format.layout.buffers)
-    mask = fmt.layout.mask(packed.buffers[:split], packed.n, packed.k)
-    count = packed.n * packed.k if mask is None else int(mask.sum())
-    codes, grid = fmt.codec.read(packed.buffers[split:], count, packed.n, packed.k)
-    assert grid.scales is not None
-    zeros = grid.zero_points
-    dtype = torch.int8 if zeros is None and not offset else torch.uint8
-    stored = (codes if zeros is not None else codes + offset).to(dtype)
-    if mask is None:
-        full = stored.view(packed.n, packed.k)
-    else:
-        wide = grid.columns(0, packed.k, fmt.codec.group(packed.k)).zero_points
-        full = torch.full_like(mask, offset, dtype=dtype) if wide is None else wide.to(dtype)
-        full[mask] = stored
-    return full, grid.scales, None if zeros is None else zeros.to(torch.uint8)
-
-
 # --- the table -----------------------------------------------------------------------------------
 
 LOWERINGS: tuple[Lowering, ...] = (
-    Lowering("MatMulNBits", "blocks", nbits_rejects, store_blocks, multiply_blocks),
+    Lowering("MatMulNBits", nbits_rejects, store_blocks, multiply_blocks),
     Lowering(
         "MatMul, codes folded at load",
-        "codes",
         lambda p: None if isinstance(p.format.codec, Int) else "holds integer codes",
         store_int_matrix,
         multiply_matrix,
     ),
-    Lowering("MatMul", "floats", lambda p: None, store_float_matrix, multiply_matrix),
+    Lowering("MatMul", lambda p: None, store_float_matrix, multiply_matrix),
 )
 
 

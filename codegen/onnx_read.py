@@ -10,13 +10,26 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def written_weight(values: dict[str, ir.Value], name: str) -> np.ndarray[Any, Any]:
-    """The (N, K) weight that graph value `name` stands for (see `Lowered.weight`)."""
-    value = values[name]
-    for node, position in value.uses():
-        if node.op_type == "MatMulNBits" and position == 1:
+def inlined(model: ir.Model) -> dict[str, ir.Value]:
+    """Graph values by name, with all function bodies in their nodes' place; changes `model`."""
+    from onnx_ir.passes import common
+
+    common.InlinePass()(model)
+    values = {v.name: v for node in model.graph for v in node.outputs if v.name}
+    return values | {v.name: v for v in model.graph.initializers.values() if v.name}
+
+
+def written_weight(values: dict[str, ir.Value], output: str) -> np.ndarray[Any, Any]:
+    """The (N, K) weight that the product with result `output` multiplies by, or that it is."""
+    value: ir.Value | None = values[output]
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "MatMulNBits":
             return _decode_blocks(node)
-    return _evaluate(value).T
+        if node.op_type == "MatMul":
+            assert node.inputs[1] is not None
+            return _evaluate(node.inputs[1]).T
+        value = node.inputs[0] if node.inputs else None  # bias and branch are added on the right
+    return _evaluate(values[output])
 
 
 def _decode_blocks(node: ir.Node) -> np.ndarray[Any, Any]:

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from sparsefx.codegen.onnx import Lowered
 from sparsefx.codegen.onnx_inputs import Inputs
-from sparsefx.codegen.onnx_read import written_weight
+from sparsefx.codegen.onnx_read import inlined, written_weight
 from sparsefx.ir.errors import ExportError
 from sparsefx.ir.format import Format
 from sparsefx.runtime.gate_probe import Call, Probe, unit
@@ -95,16 +95,14 @@ def check_weights(model: nn.Module, path: Path, rows: Sequence[Lowered]) -> None
     """Raises ExportError naming a layer whose weight in the file is not the packed one, exactly."""
     import onnx_ir
 
-    graph = onnx_ir.load(path).graph
-    values = {v.name: v for node in graph for v in node.outputs if v.name}
-    values |= {v.name: v for v in graph.initializers.values() if v.name}
-    for name, row in {row.weight: row for row in rows}.items():
+    values = inlined(onnx_ir.load(path))
+    for row in {row.stored: row for row in rows}.values():
         module = model.get_submodule(row.name)
         assert isinstance(module, PackedWeight)
         packed = module.packed
         double = packed.buffers[-1].dtype == torch.float64
         weight = packed.unpack(torch.float64 if double else torch.float32).cpu().numpy()
-        found = written_weight(values, name).astype(weight.dtype, copy=False)
+        found = written_weight(values, row.output).astype(weight.dtype, copy=False)
         if weight.shape != found.shape or not np.array_equal(weight, found):
             wrong = (
                 "its shape" if weight.shape != found.shape else f"{(weight != found).mean():.1%}"

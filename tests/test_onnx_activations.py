@@ -12,7 +12,7 @@ import torch
 from test_onnx import session, single
 from torch import Tensor, nn
 
-from sparsefx.codegen import onnx_lower
+from sparsefx.codegen import onnx_writer
 from sparsefx.codegen.onnx_lower import Blocks, Problem, plan_blocks
 from sparsefx.ir.errors import ExportError
 from sparsefx.ir.format import Format, Packed
@@ -185,13 +185,13 @@ def test_the_gates_noise_is_as_large_as_the_rounding() -> None:
 def test_the_gate_stops_wrong_rounding(
     wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = onnx_lower.Writer.number
+    real = onnx_writer.Writer.number
 
     def number(self: Any, value: float) -> Any:
         if wrong == "cut at 12":
             return real(self, {127.0: 127.0, -127.0: -12.0}.get(value, value))
         return real(self, value * 10 if value == 127.0 else value)
 
-    monkeypatch.setattr(onnx_lower.Writer, "number", number)
+    monkeypatch.setattr(onnx_writer.Writer, "number", number)
     with pytest.raises(ExportError, match=r"First differing layer: 'layers\.0'"):
         export_onnx(Mixed("int8+a8g24").eval(), tmp_path / "m.onnx", torch.randn(40, 64))
