@@ -36,7 +36,7 @@ FLAGS = [
 ]  # fmt: skip
 ISAS = ("amx", "avx512", "avx2", "neon", "portable")
 """Stems of source files, too. Faults that name none go into the first but amx that runs here."""
-TIMEOUT = 300
+TIMEOUT = 600
 CAUGHT, SURVIVED, BROKEN, STALE = "caught", "SURVIVED", "does not build", "no longer applies"
 
 
@@ -89,8 +89,8 @@ def available(isa: str) -> bool:
 
 def compile_object(used: Tools, source: Path, out: Path) -> str:
     """What the compiler complains about, "" if nothing."""
-    # The driver multiplies by plain loops, which take long unless optimised.
-    level = "-O1" if source.stem == "check" else "-O0"
+    # The driver multiplies by plain loops; they and an emulator take long unless optimised.
+    level = "-O1" if source.stem == "check" or used.run else "-O0"
     command = [*used.compile, *FLAGS, level, "-c", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stderr or "failed" if done.returncode else ""
@@ -245,16 +245,24 @@ def cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def save(outcomes: list[Outcome], skipped: list[Mutation], seconds: float) -> None:
+def in_order(outcomes: list[Outcome]) -> list[Outcome]:
+    """As listed in native_mutations.py, and of each fault the last outcome only."""
+    last = {(o.file, o.fault): o for o in outcomes}
+    return [last[key] for m in MUTATIONS if (key := (m.file, m.breaks)) in last]
+
+
+def save(outcomes: list[Outcome]) -> None:
+    """Faults that were not tried keep the rows that they have."""
+    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = in_order([*(Outcome(**row) for row in before), *outcomes])
     found = {
         "machine": {"cpu": cpu_model(), "system": f"{platform.system()} {platform.release()}"},
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(seconds),
-        "faults": len(outcomes),
-        "verdicts": dict(Counter(o.verdict for o in outcomes)),
-        "per_set": dict(Counter(o.isa for o in outcomes)),
-        "skipped": sorted({m.isa for m in skipped}),
-        "rows": [asdict(o) for o in outcomes],
+        "seconds": round(sum(o.seconds for o in rows)),
+        "faults": len(rows),
+        "verdicts": dict(Counter(o.verdict for o in rows)),
+        "per_set": dict(Counter(o.isa for o in rows)),
+        "rows": [asdict(o) for o in rows],
     }
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
@@ -262,16 +270,13 @@ def save(outcomes: list[Outcome], skipped: list[Mutation], seconds: float) -> No
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at once")
-    parser.add_argument("--only", default="", help="faults whose file or name has this; not saved")
+    parser.add_argument("--only", default="", help="faults whose file or name has this")
     options = parser.parse_args()
-    console, start = Console(width=None if os.isatty(1) else 200), time.perf_counter()
+    console = Console(width=None if os.isatty(1) else 200)
     chosen = [m for m in MUTATIONS if options.only in f"{m.file} {m.isa} {m.breaks}"]
     outcomes, skipped = run(console, chosen, options.jobs)
-    order = {(m.file, m.breaks): i for i, m in enumerate(MUTATIONS)}
-    outcomes.sort(key=lambda o: order[o.file, o.fault])
-    show(console, outcomes)
-    if not options.only:
-        save(outcomes, skipped, time.perf_counter() - start)
+    show(console, in_order(outcomes))
+    save(outcomes)
     verdicts = Counter(o.verdict for o in outcomes)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     console.print(f"{len(outcomes)} faults: {counts}; {len(skipped)} skipped")

@@ -1,8 +1,9 @@
 // AMX: 16×16 tiles of int8 or bfloat16 products, for products of many rows; the rest is AVX-512's.
 //
 // Weights are decoded into signed bytes, zero points subtracted, so that no sums need correcting.
-// Float activations are cut into three bfloat16 slices whose sum they are, bit for bit; codes are
-// exact in bfloat16, so the products are exact and only their sums round, as in float32.
+// Float activations are cut into three bfloat16 slices whose sum they are, bit for bit (below 1e-33
+// the lower slices are subnormal and count as 0); codes are exact in bfloat16, so the products are
+// exact and only their sums round, as in float32.
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>

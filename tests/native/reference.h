@@ -183,7 +183,8 @@ struct Input {
     }
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < k; ++j)
-        value.push_back(type == SFX_F32 ? wide[i * stride + j] : widen(narrow[i * stride + j], type));
+        value.push_back(type == SFX_F32 ? wide[i * stride + j]
+                                        : widen(narrow[i * stride + j], type));
   }
   const void *data() const {
     return type == SFX_F32 ? static_cast<const void *>(wide.data()) : narrow.data();
