@@ -112,6 +112,7 @@ def _tidy(model: ir.Model) -> None:
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),  # stack traces: half a megabyte of local paths
     )(model)
 
 

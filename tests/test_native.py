@@ -1,7 +1,7 @@
 """The CPU engine against exact arithmetic: every instruction set, layout, codec and boundary.
 
 Most cases are integers, for which equality is demanded; the rest is held to a derived bound
-(native_cases.py). `tests/mutate_native.py` breaks the engine on purpose and runs this file.
+(native_cases.py). `tests/mutate_native.py` breaks the engine on purpose and runs `tests/native`.
 """
 
 from __future__ import annotations

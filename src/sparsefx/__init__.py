@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sparsefx.runtime.artifact import load, save
     from sparsefx.runtime.explain import explain
     from sparsefx.runtime.export import export_onnx
+    from sparsefx.runtime.ort import ort_library, ort_session
     from sparsefx.runtime.sparsify import sparsify
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ __all__ = [
     "explain",
     "export_onnx",
     "load",
+    "ort_library",
+    "ort_session",
     "save",
     "sparsify",
 ]
@@ -33,6 +36,8 @@ _HOMES = {
     "explain": "runtime.explain",
     "export_onnx": "runtime.export",
     "load": "runtime.artifact",
+    "ort_library": "runtime.ort",
+    "ort_session": "runtime.ort",
     "save": "runtime.artifact",
     "sparsify": "runtime.sparsify",
 }
