@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen import native
+from sparsefx.ir.cache import Cache
 from sparsefx.ir.codecs import Int
 from sparsefx.ir.errors import SpecError
 from sparsefx.ir.format import Format, Packed
-from sparsefx.runtime.cache import Cache
 
 LEAST, MOST, SIZE = 64, 512, 1024
 NEVER = sys.maxsize

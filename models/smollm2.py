@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsefx.ir.cache import Cache
 from sparsefx.models.assets import Asset
 from sparsefx.models.bundle import Bundle, on_device_of
 from sparsefx.models.text import python_topics
 from sparsefx.models.torchvision import usable_torchvision
-from sparsefx.runtime.cache import Cache
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast

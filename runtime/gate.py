@@ -3,11 +3,12 @@
 Three questions, each with a tolerance that is derived, none tuned:
 
 1. Does the file hold the weights? Every lowered weight is decoded by ONNX's rules, bit for bit.
-2. Do the outputs agree, with ONNX Runtime's optimiser off and on, at several shapes? Two float
-   programs may differ by rounding. What rounding does to *this* model is measured: the eager model
-   runs again with the promised bound of every operator's rounding error, u·|y| + 2√K·2⁻²⁴·|x||w|ᵀ
-   for products, added to its result with random signs. The permitted difference is `MARGIN` times
-   the greatest change seen, plus `FLOOR` units in the last place of the output's greatest value.
+2. Do the outputs agree, with ONNX Runtime's optimiser off and on and with the CPU engine
+   registered, at several shapes? Two float programs may differ by rounding. What rounding does to
+   *this* model is measured: the eager model runs again with the promised bound of every operator's
+   rounding error, u·|y| + 2√K·2⁻²⁴·|x||w|ᵀ for products, added to its result with random signs.
+   The permitted difference is `MARGIN` times the greatest change seen, plus `FLOOR` units in the
+   last place of the output's greatest value. The optimised graph is searched for slow paths.
 3. With int8 activations eager rounds per row or group. MatMulNBits rounds per block, which is as
    fine or finer, other lowerings round as eager does: so the two are at most twice as far apart as
    eager is from itself without that rounding. That distance is measured on the rounding itself and
@@ -27,13 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsefx.codegen import native
 from sparsefx.codegen.onnx import Lowered
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.codegen.onnx_read import inlined, written_weight
 from sparsefx.ir.errors import ExportError
 from sparsefx.ir.format import Format
+from sparsefx.runtime.gate_graph import check_graph
 from sparsefx.runtime.gate_probe import Call, Probe, unit
 from sparsefx.runtime.modules import PackedWeight
+from sparsefx.runtime.ort import ort_library
 
 MARGIN = 2.0
 """Both programs round."""
@@ -42,7 +46,9 @@ DRAWS = 2
 GROWTHS: tuple[Callable[[int], int], ...] = (
     lambda s: s, lambda s: 1, lambda s: s + 1, lambda s: 2 * s - 1, lambda s: s - 1,
 )  # fmt: skip
-LEVELS = {"off": "ORT_DISABLE_ALL", "full": "ORT_ENABLE_ALL"}
+ENGINE = "full, CPU engine"
+LEVELS = {"off": "ORT_DISABLE_ALL", "full": "ORT_ENABLE_ALL", ENGINE: "ORT_ENABLE_ALL"}
+"""Optimisation of ONNX Runtime, with our kernels or without."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,13 @@ def check(model: nn.Module, inputs: Inputs, path: Path, rows: Sequence[Lowered])
     wanted, notes = _references(model, inputs, measure)
     seen: list[Difference] = []
     for level in LEVELS:
-        session = _session(path, level)
+        if level == ENGINE and native.engine() is None:
+            notes += (f"not tried with the CPU engine: {native.why_missing()}",)
+            continue
+        optimised = path.with_name("optimised.onnx") if level == "full" else None
+        session = _session(path, level, optimised)
+        if optimised is not None:
+            check_graph(optimised)
         for want in wanted:
             got = _run(session, want)
             for index, difference in enumerate(_compare(want, got, measure, level)):
@@ -122,10 +134,12 @@ def _references(
     """What eager computes at the example's sizes and at others."""
     wanted: list[_Wanted] = []
     notes: list[str] = []
-    for grow in GROWTHS if inputs.dynamic_shapes else GROWTHS[:1]:
-        other = inputs.resized(grow)
-        text = _text({name: grow(size) for name, size in inputs.sizes.items()})
-        if other is None or (grow is GROWTHS[-1] and len(wanted) > 2):
+    growths = GROWTHS if inputs.dynamic_shapes else GROWTHS[:1]
+    tried = [{name: grow(size) for name, size in inputs.sizes.items()} for grow in growths]
+    tried[1:1] = [{**inputs.sizes, **sizes} for sizes in inputs.also]
+    for sizes in tried:
+        other, text = inputs.resized(sizes), _text(sizes)
+        if other is None or (sizes is tried[-1] and len(wanted) > 2):
             continue
         try:
             outputs, tolerances = _reference(model, other, measure)
@@ -206,13 +220,21 @@ def _refuse_empty(want: _Wanted) -> None:
 # --- ONNX Runtime --------------------------------------------------------------------------------
 
 
-def _session(path: Path, level: str) -> Any:
+def _session(path: Path, level: str, optimised: Path | None = None) -> Any:
+    """A session; `optimised` is where its graph goes, with the weights in a file beside."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{optimised.name}.data"
+        )
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    if level == ENGINE:
+        options.register_custom_ops_library(ort_library())
     try:
         providers = ["CPUExecutionProvider"]
         return onnxruntime.InferenceSession(str(path), options, providers=providers)

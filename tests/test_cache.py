@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsefx.runtime.cache import Cache, CacheWarning, default_root
+from sparsefx.ir.cache import Cache, CacheWarning, default_root
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 
