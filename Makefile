@@ -16,6 +16,7 @@ help:
 	@echo 'make test-mutations  breaks the CPU engine on purpose: the tests must notice every fault'
 	@echo 'make bench-cpu  time every kind of weight against other engines (5 minutes; ARGS=--full)'
 	@echo 'make bench-e2e  time whole models against other engines (an hour; ARGS=--help)'
+	@echo 'make bench-ort  time exported files in ONNX Runtime against its own quantisers (20 minutes)'
 	@echo 'make lint       style, formatting and types'
 	@echo 'make wheel      build the wheel and source package into dist/'
 	@echo 'make clean      delete what these targets made'
@@ -39,6 +40,9 @@ bench-cpu: .venv/bench.stamp
 
 bench-e2e: .venv/e2e.stamp
 	@$(BIN)/python -m benchmarks.end_to_end $(ARGS)
+
+bench-ort: .venv/ort.stamp
+	@$(BIN)/python -m benchmarks.ort $(ARGS)
 
 test-neon:
 	@command -v $(CROSS) >/dev/null && command -v $(EMULATOR) >/dev/null || { \
@@ -108,6 +112,12 @@ build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
 .venv/bench.stamp: .venv/dev.stamp requirements-bench.txt
 	@echo 'Installing the engines to compare with'
 	@$(PIP) --no-deps -c constraints.txt -r requirements-bench.txt || \
+	  echo 'Some engines do not install here; the benchmark names them and goes on.'
+	@touch $@
+
+.venv/ort.stamp: .venv/models.stamp requirements-ort.txt
+	@echo 'Installing the engines to compare with'
+	@$(PIP) --no-deps -r requirements-ort.txt || \
 	  echo 'Some engines do not install here; the benchmark names them and goes on.'
 	@touch $@
 

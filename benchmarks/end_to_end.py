@@ -213,7 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="REGEX", help="engines to run, besides the reference")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model", choices=list(ENGINES), nargs="+", default=list(ENGINES))
-    parser.add_argument("--rounds", type=int, default=9, help="timed turns of every engine")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of every engine")
     parser.add_argument("--calibrate", type=int, default=0, metavar="N", help="calibration inputs")
     return parser.parse_args()
 
