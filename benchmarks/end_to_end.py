@@ -10,7 +10,8 @@ there are fewer than three such). Perplexity is that of 6 × 64 held-out tokens 
 fed one by one through the engine itself; MRR is that of `sparsefx demo`. Weights are compressed
 without calibration unless --calibrate says otherwise: magnitude pruning, rounding to nearest. All
 weights come from a Q4_1 file, so what is called dense is what llama.cpp reads.
-A run with --only prints its rows; the others also write `results/end_to_end-<CPU>.json`.
+A run with --only prints its rows; others, and those with --save, write
+`results/end_to_end-<CPU>.json`, where rows of other models and threads stay.
 """
 
 from __future__ import annotations
@@ -208,12 +209,22 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def others(path: Path, rows: list[Row]) -> list[Row]:
+    """Rows that `path` holds of models and thread counts that were not run now."""
+    if not path.exists():
+        return []
+    now = {(row["model"], row["threads"]) for row in rows}
+    held: list[Row] = json.loads(path.read_text())["rows"]
+    return [row for row in held if (row["model"], row["threads"]) not in now]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end")
     parser.add_argument("--only", metavar="REGEX", help="engines to run, besides the reference")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model", choices=list(ENGINES), nargs="+", default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of every engine")
+    parser.add_argument("--save", action="store_true", help="write the rows of --only, too")
     parser.add_argument("--calibrate", type=int, default=0, metavar="N", help="calibration inputs")
     return parser.parse_args()
 
@@ -243,9 +254,10 @@ def main() -> None:
             console.print(f"{row['engine']} ({row['model']}, {row['threads']} threads) "
                           f"did not run: {row['reason']}", highlight=False)  # fmt: skip
     console.print(f"{facts['cpu']}; medians of {args.rounds} turns; ~ other programs were running")
-    if not args.only:
+    if args.save or not args.only:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"end_to_end-{machine.slug()}.json"
+        rows = others(path, rows) + rows
         settings = {"rounds": args.rounds, "calibrate": args.calibrate}
         path.write_text(json.dumps({"machine": facts, **settings, "rows": rows}, indent=1) + "\n")
         console.print(f"written to {path.relative_to(ROOT)}")

@@ -147,13 +147,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {ops.linear.default: linear, ops.unpack.default: unpack}
 
 
-def lower(model: ir.Model, tensors: Mapping[str, Tensor]) -> list[Lowered]:
-    """Replace every placeholder node of `model`; `tensors` holds initializers' values by name."""
+def lower(model: ir.Model, tensors: Mapping[str, Tensor], tidy: bool = True) -> list[Lowered]:
+    """Replace every placeholder node of `model`; `tensors` holds initializers' values by name.
+
+    With `tidy` all that nothing uses is removed. The model's opset is `OPSET` or later.
+    """
     import onnx_ir.passes.common as passes
 
     lowerer = _Lowerer(model.graph, tensors)
     rows = [lowerer.replace(node) for node in list(model.graph) if _placeholder(node)]
-    passes.RemoveUnusedNodesPass()(model)
+    if tidy:
+        passes.RemoveUnusedNodesPass()(model)
     left = [node.name for node in model.graph.all_nodes() if _placeholder(node)]
     left += [node.name for f in model.functions.values() for node in f if _placeholder(node)]
     if left:
@@ -270,7 +274,8 @@ class _Lowerer:
         y.name = "y"
         key = _overload(product)
         if key not in self.functions:
-            imports = {"": OPSET, ORT_DOMAIN: 1}
+            # A body's operators must mean the same in the model's opset: later ones only widen.
+            imports = {"": max(OPSET, self.graph.opset_imports.get("", OPSET)), ORT_DOMAIN: 1}
             graph = onnx_ir.Graph(inputs, [y], nodes=writer.tape.nodes, opset_imports=imports)
             declared = [
                 onnx_ir.Attr(name, onnx_ir.AttributeType.UNDEFINED, None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from sparsefx.ir.capture import split_inputs
 from sparsefx.ir.errors import ExportError
 
+PLUS = " + "
+"""An axis named "past + sequence" is as long as those two together."""
 NAMES = "write {input name: {axis: 'batch'}} with axis names or torch.export.Dim"
 
 
@@ -42,6 +44,8 @@ class Inputs:
     """As torch.export takes them."""
     axes: tuple[dict[int, Axis], ...]
     """Dynamic axes of every tensor, in order."""
+    also: tuple[Mapping[str, int], ...] = ()
+    """Sizes, by axis name, that the gate tries besides its own."""
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Inputs:
@@ -73,7 +77,9 @@ class Inputs:
         }
         order = [n for n in bound.arguments if n in kwargs] + list(kwargs)
         ordered = {name: kwargs[name] for name in dict.fromkeys(order)}
-        return Inputs(args, ordered, shapes if any(found) else None, tuple(found))
+        inputs = Inputs(args, ordered, shapes if any(found) else None, tuple(found))
+        _check_sums(inputs)
+        return inputs
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -83,12 +89,13 @@ class Inputs:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of every dynamic axis, by name."""
+        """Size of every dynamic axis, by name; axes that are sums of others are left out."""
         pairs = zip(self.tensors, self.axes, strict=True)
-        return {a.name: tensor.shape[i] for tensor, axes in pairs for i, a in axes.items()}
+        found = {a.name: tensor.shape[i] for tensor, axes in pairs for i, a in axes.items()}
+        return {name: size for name, size in found.items() if PLUS not in name}
 
-    def resized(self, grow: Callable[[int], int]) -> Inputs | None:
-        """The same call with every dynamic axis of size s repeated or cut to grow(s).
+    def resized(self, sizes: Mapping[str, int]) -> Inputs | None:
+        """The same call with dynamic axes repeated or cut to `sizes`.
 
         None when a new size is outside what the user allows.
         """
@@ -100,13 +107,25 @@ class Inputs:
             if not isinstance(leaf, Tensor):
                 return leaf
             for axis, rule in next(queue).items():
-                old, new = leaf.shape[axis], grow(leaf.shape[axis])
+                old, new = leaf.shape[axis], sum(sizes[part] for part in rule.name.split(PLUS))
                 allowed = allowed and rule.min <= new <= rule.max
                 leaf = leaf.index_select(axis, torch.arange(new, device=leaf.device) % old)
             return leaf
 
         args, kwargs = pytree.tree_map(change, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.dynamic_shapes, self.axes) if allowed else None
+        return replace(self, args=args, kwargs=kwargs) if allowed else None
+
+
+def _check_sums(inputs: Inputs) -> None:
+    sizes = inputs.sizes
+    for tensor, axes in zip(inputs.tensors, inputs.axes, strict=True):
+        for axis, rule in axes.items():
+            parts = [sizes.get(part) for part in rule.name.split(PLUS)]
+            if None in parts or sum(filter(None, parts)) != tensor.shape[axis]:
+                raise ExportError(
+                    f"the axis named '{rule.name}' has size {tensor.shape[axis]} in one input; the "
+                    f"others say {sizes}"
+                )
 
 
 def _walk(name: str, value: Any, wanted: Any, found: list[dict[int, Axis]]) -> Any:

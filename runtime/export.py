@@ -8,9 +8,9 @@ import secrets
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
+from sparsefx.codegen.onnx_adapters import add_slots
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.ir.errors import ExportError
 from sparsefx.runtime.gate import Difference, check
@@ -59,6 +60,8 @@ def export_onnx(
     example_inputs: Any,
     dynamic_shapes: Any = None,
     verify: bool = True,
+    *,
+    adapters: Sequence[str] = (),
 ) -> ExportReport:
     """Write `compiled` to `path` as ONNX and return what was done.
 
@@ -66,16 +69,41 @@ def export_onnx(
     appears only after it agreed with the eager model in ONNX Runtime, optimised and not, at several
     sizes; a mismatch raises ExportError naming the first differing layer and leaves an older file
     as it was. `verify=False` skips that comparison.
+
+    `adapters` names packed modules ("layer.0", "*.q_proj") that get empty slots for LoRA matrices,
+    which ONNX Runtime's adapters fill at run time (`sparsefx.export_adapter` writes those).
     """
     require_packages()
-    target = _target(path)
+    _target(path)
     inputs = Inputs.of(compiled, example_inputs, dynamic_shapes)
+    return export_call(compiled, path, inputs, verify, adapters=adapters)
+
+
+def export_call(
+    compiled: nn.Module,
+    path: str | os.PathLike[str],
+    inputs: Inputs,
+    verify: bool = True,
+    finish: Callable[[ir.Model], None] = lambda model: None,
+    adapters: Sequence[str] = (),
+    prefix: str = "",
+) -> ExportReport:
+    """`export_onnx` of one call; `finish` may rename inputs and outputs and add metadata.
+
+    `prefix` is what names of modules have in `compiled` and not for the user.
+    """
+    target = _target(path)
     with _evaluating(compiled):
         program = _program(compiled, inputs)
         model, rows = to_onnx(program, [
             {axis: rule.name for axis, rule in axes.items()} for axes in inputs.axes
         ])  # fmt: skip
         _check_axes(model, inputs)
+        before = [value.name for value in model.graph.outputs]
+        finish(model)
+        renamed = dict(zip(before, (value.name for value in model.graph.outputs), strict=True))
+        rows = [replace(row, output=renamed.get(row.output) or row.output) for row in rows]
+        add_slots(model, rows, adapters, prefix)
         try:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
                 draft, data = _write(model, Path(room), target.name)

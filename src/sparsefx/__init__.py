@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsefx.ir.errors import SparsefxError
     from sparsefx.ir.format import Format
+    from sparsefx.models.causal_onnx import export_causal_lm
     from sparsefx.passes.spec import Spec
     from sparsefx.runtime.artifact import load, save
     from sparsefx.runtime.explain import explain
     from sparsefx.runtime.export import export_onnx
+    from sparsefx.runtime.from_onnx import compress_onnx
+    from sparsefx.runtime.onnx_adapters import export_adapter
     from sparsefx.runtime.ort import ort_library, ort_session
     from sparsefx.runtime.sparsify import sparsify
 
@@ -20,7 +23,10 @@ __all__ = [
     "Format",
     "SparsefxError",
     "Spec",
+    "compress_onnx",
     "explain",
+    "export_adapter",
+    "export_causal_lm",
     "export_onnx",
     "load",
     "ort_library",
@@ -33,7 +39,10 @@ _HOMES = {
     "Format": "ir.format",
     "SparsefxError": "ir.errors",
     "Spec": "passes.spec",
+    "compress_onnx": "runtime.from_onnx",
     "explain": "runtime.explain",
+    "export_adapter": "runtime.onnx_adapters",
+    "export_causal_lm": "models.causal_onnx",
     "export_onnx": "runtime.export",
     "load": "runtime.artifact",
     "ort_library": "runtime.ort",

@@ -1,8 +1,9 @@
-"""The command line: `sparsefx compress | export | explain | demo`, over the same API."""
+"""The command line: `sparsefx compress | export | generate | explain | demo`, over the same API."""
 
 from __future__ import annotations
 
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,25 +23,39 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="smollm2, minilm or antiberty; a Hugging Face folder on disk; or "
-        "`package.module:function` that returns a model and its example inputs"
+        help="smollm2, minilm or antiberty; a Hugging Face folder on disk; for `compress` an .onnx "
+        "file; or `package.module:function` that returns a model and its example inputs"
     ),
 ]
 SpecOption = Annotated[str, typer.Option(help="Format text or a YAML/JSON file")]
 Calibrate = Annotated[int, typer.Option(help="Calibration inputs (bundled models only)", min=0)]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Calibration of an .onnx file: an .npz of its inputs, or a folder of them"),
+]
 Out = Annotated[Path, typer.Option(help="Where to write")]
 
 
 @app.command()
 def compress(
-    model: Model, spec: SpecOption = "int8", calibrate: Calibrate = 0, out: Out = Path("compressed")
-) -> None:
+    model: Model, spec: SpecOption = "int8", calibrate: Calibrate = 0,
+    out: Out = Path("compressed"), data: Data = None,
+) -> None:  # fmt: skip
     """Compress a model and save it as a folder of safetensors and a manifest.
 
+    A path that ends in .onnx is compressed to another such file, checked against the first.
+
     Example: `sparsefx compress minilm --spec bitmap@50%+int4g128 --calibrate 8 --out my-minilm`
+
+    Example: `sparsefx compress model.onnx --spec int4g128 --data inputs.npz --out small.onnx`
     """
     import sparsefx
 
+    if model.endswith(".onnx"):
+        _compress_onnx(Path(model), spec, calibrate, out, data)
+        return
+    if data is not None:
+        raise SpecError("--data is for .onnx files; bundled models take --calibrate")
     compressed = _sparsify(model, spec, calibrate)[0]
     sparsefx.save(compressed, out)
     _print(sparsefx.explain(compressed))
@@ -55,12 +70,22 @@ def export(
 ) -> None:  # fmt: skip
     """Compress a model and write it as ONNX, checked against PyTorch before it appears.
 
+    A causal language model gets key/value cache inputs and outputs and dynamic batch, sequence and
+    past, for `sparsefx generate`; any other model is written as it is called.
+
     Example: `sparsefx export minilm --spec int4g128 --out minilm.onnx`
     """
     import sparsefx
+    from sparsefx.models.causal_onnx import is_causal_lm, refusal
 
     compressed, inputs, shapes = _sparsify(model, spec, calibrate)
-    report = sparsefx.export_onnx(compressed, out, inputs, shapes)
+    why = refusal(compressed)
+    if why is None:
+        report = sparsefx.export_causal_lm(compressed, out)
+    else:
+        report = sparsefx.export_onnx(compressed, out, inputs, shapes)
+    if why and is_causal_lm(compressed):
+        _print(f"note: written without a key/value cache: {why}")
     _print(
         f"wrote {report.path} ({report.bytes / 1e6:.1f} MB), {len(report.layers)} packed weights"
     )
@@ -68,6 +93,45 @@ def export(
         _print(f"nearest to its limit: {worst}")
     for note in report.notes:
         _print(f"note: {note}")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="An ONNX file that `sparsefx export` wrote")],
+    prompt: Annotated[str, typer.Option(help="Text to continue")],
+    tokens: Annotated[int, typer.Option(help="How many tokens at most", min=1)] = 64,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with tokenizer.json; SmolLM2's by default")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token", min=0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many; 0: from all", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the drawing", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="0: as ONNX Runtime likes", min=0)] = 0,
+) -> None:
+    """Continue a text with an exported language model in ONNX Runtime, printed as it comes.
+
+    Example: `sparsefx generate smollm2.onnx --prompt "Once upon a time" --tokens 100`
+    """
+    from sparsefx.runtime.ort_generate import open_session, stream
+
+    session, encoding = open_session(model, threads), _tokenizer(tokenizer)
+    ids = encoding(prompt)["input_ids"]
+    if not ids:
+        raise SpecError("the prompt holds no token")
+    steps = stream(session, [ids], tokens, temperature=temperature, top_k=top_k, seed=seed)
+    times = [time.perf_counter()]
+    found: list[int] = []
+    shown = ""
+    for token in steps:
+        times.append(time.perf_counter())
+        found.append(int(token[0]))
+        text = encoding.decode(found, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # the bytes of one character may be several tokens
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(f"\n\nprefill: {len(ids)} tokens, {len(ids) / (times[1] - times[0]):.1f} tokens/s")
+    if later := len(found) - 1:
+        print(f"decode: {later} tokens, {later / (times[-1] - times[1]):.1f} tokens/s")
 
 
 @app.command()
@@ -103,6 +167,29 @@ def demo(
     run(models or list(MODELS), out)
 
 
+def _compress_onnx(source: Path, spec: str, calibrate: int, out: Path, data: Path | None) -> None:
+    import sparsefx
+
+    if calibrate:
+        raise SpecError("--calibrate counts inputs of bundled models; give an .onnx file --data")
+    target = out.with_suffix(".onnx") if out == Path("compressed") else out
+    batches = None if data is None else _batches(data)
+    _print(sparsefx.compress_onnx(source, target, spec, calibration=batches))
+
+
+def _batches(data: Path) -> list[dict[str, Any]]:
+    """One calibration batch per .npz file: its arrays by input name."""
+    import numpy as np
+
+    files = sorted(data.glob("*.npz")) if data.is_dir() else [data]
+    if not files:
+        raise SpecError(f"--data: no .npz file in '{data}'")
+    try:
+        return [dict(np.load(file, allow_pickle=False)) for file in files]
+    except (OSError, ValueError) as error:
+        raise SpecError(f"--data: not an .npz of arrays: {error}") from None
+
+
 def _sparsify(model: str, spec: str, calibrate: int) -> tuple[Any, Any, Any]:
     """(compressed model, example inputs, dynamic shapes)."""
     import sparsefx
@@ -119,6 +206,21 @@ def _sparsify(model: str, spec: str, calibrate: int) -> tuple[Any, Any, Any]:
             )
     done = sparsefx.sparsify(dense, spec, example_inputs=inputs, calibration=batches)
     return done, inputs, shapes
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        from sparsefx.models.smollm2 import tokenizer
+
+        return tokenizer()
+    from sparsefx.models.torchvision import usable_torchvision
+
+    usable_torchvision()
+    if not (folder / "tokenizer.json").is_file():
+        raise SpecError(f"{folder} has no tokenizer.json")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _bundle(name: str) -> Bundle | None:
