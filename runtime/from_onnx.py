@@ -99,11 +99,9 @@ def compress_onnx(
 ) -> OnnxReport:
     """Compress the constant weights of `source` to `spec`, write `target` and say what was done.
 
-    MatMul, Gemm and 1×1 Conv of a constant become `sparsefx::Linear` nodes, which stock ONNX
-    Runtime runs; inputs, outputs and all other nodes stay as they are (a model older than opset 18
-    is converted to it). `calibration` is an iterable of {input name: array}; with it weights are
-    pruned and quantised jointly (SparseGPT/GPTQ) on activations that ONNX Runtime computes.
-
+    MatMul, Gemm and 1×1 Conv of a constant become `sparsefx::Linear` nodes; all else stays (a model
+    older than opset 18 is converted to it). `calibration` is an iterable of {input name: array};
+    with it ONNX Runtime shows the activations and SparseGPT/GPTQ is used, without it magnitude.
     `target` appears only after it agreed in ONNX Runtime, optimised and not, with the source over
     the decoded weights; `verify=False` skips that. Raises ArtifactError for a malformed or hostile
     source, SpecError or WeightError before anything is computed, ExportError for a mismatch.
@@ -124,10 +122,10 @@ def compress_onnx(
     except OSError as error:
         raise ExportError(f"'{job.target}' could not be written: {error}") from error
     size = sum(file.stat().st_size for file in written if file)
-    operators = {result.site.name: row.op for row, result in rows}
+    ops = {result.site.name: row.op for row, result in rows}
     table = tuple(_row(choice, results.get(choice.site.name)) for choice in job.choices)
     return OnnxReport(
-        job.target, written[1], job.size, size, table, operators, seen, (*job.notes, *notes),
+        job.target, written[1], job.size, size, table, ops, seen, (*job.notes, *notes),
         time.perf_counter() - start,
     )  # fmt: skip
 
