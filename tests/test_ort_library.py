@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
 from itertools import cycle, product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from native_cases import (
@@ -17,18 +15,23 @@ from native_cases import (
     ISAS,
     KINDS,
     Extras,
-    expected,
-    fitting,
-    random_branch,
-    seeded,
 )
-from torch import Tensor
+from ort_nodes import (
+    TYPES,
+    assert_right,
+    attributes,
+    case,
+    model,
+    options,
+    rows,
+    run,
+    session,
+    tensors,
+)
 
 from sparsefx.codegen.native import why_missing
-from sparsefx.ir.codecs import Int
 from sparsefx.ir.errors import MissingPackageError
 from sparsefx.ir.format import Format, Packed
-from sparsefx.ir.layouts import NM, Tile
 from sparsefx.ir.op import reference
 from sparsefx.runtime.ort import ort_library, ort_session
 
@@ -36,7 +39,6 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(ENGINE is None, reason=why_missing())
 
-TYPES = {torch.float32: 1, torch.uint8: 2, torch.float16: 10, torch.bfloat16: 16}
 LAYOUTS = [*FAMILIES, "1:3", "2:4", "5:8", "1:16", "tile3x5@37.5%", "tile16x1@50%"]
 CODECS = [
     *KINDS, "int3", "uint4g16", "int8", "int5g8", "uint6", "int7g32", "uint2", "int4+a8",
@@ -44,93 +46,6 @@ CODECS = [
 ]  # fmt: skip
 EXTRAS = [(False, 0), (True, 0), (False, 8), (True, 5)]
 """With a bias or not, rank of the branch."""
-
-
-def attributes(packed: Packed, branch: bool = False, biased: bool = False) -> dict[str, Any]:
-    """What the exporter writes."""
-    fmt, layout, codec = packed.format, packed.format.layout, packed.format.codec
-    where = [0]
-    if isinstance(layout, NM):
-        where = [1, layout.n, layout.m]
-    elif isinstance(layout, Tile):
-        where = [2, layout.rows, layout.cols]
-    how = [1, codec.bits, codec.group_size, int(codec.symmetric)] if isinstance(codec, Int) else [0]
-    return {
-        "n": packed.n, "k": packed.k, "format": str(fmt), "layout": where, "codec": how,
-        "a8": int(fmt.a8), "a8_group": fmt.a8_group, "branch": int(branch), "biased": int(biased),
-    }  # fmt: skip
-
-
-def proto(name: str, t: Tensor) -> Any:
-    raw = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return onnx.helper.make_tensor(name, TYPES[t.dtype], list(t.shape), raw, raw=True)
-
-
-def tensors(packed: Packed, extras: Extras) -> dict[str, Tensor]:
-    out = dict(zip(packed.format.buffers, packed.buffers, strict=True))
-    out |= dict(zip(("down", "up", "branch_scale"), extras.branch, strict=False))
-    return out if extras.bias is None else {**out, "bias": extras.bias}
-
-
-def model(
-    given: dict[str, Tensor], fields: dict[str, Any], rank: int = 2, fed: Sequence[str] = (),
-    functions: Sequence[Any] = (), x_type: int = 1,
-) -> bytes:  # fmt: skip
-    """One node; the tensors in `fed` are inputs of the graph, the others are constant."""
-    h = onnx.helper
-    node = h.make_node("Linear", ["x", *given], ["y"], name="fc", domain="sparsefx", **fields)
-    lead: list[Any] = [f"d{i}" for i in range(rank - 1)]
-    inputs = [h.make_tensor_value_info("x", x_type, [*lead, "width"])]
-    inputs += [h.make_tensor_value_info(n, TYPES[given[n].dtype], given[n].shape) for n in fed]
-    outputs = [h.make_tensor_value_info("y", 1, [*lead, "out"])]
-    constants = [proto(name, t) for name, t in given.items() if name not in fed]
-    graph = h.make_graph([node], "g", inputs, outputs, constants)
-    opsets = [h.make_opsetid("", 18), h.make_opsetid("sparsefx", 1)]
-    made = h.make_model(graph, opset_imports=opsets, functions=list(functions), ir_version=10)
-    return bytes(made.SerializeToString())
-
-
-def options(threads: int = 1, full: bool = True) -> Any:
-    out = ort.SessionOptions()
-    out.intra_op_num_threads = threads
-    out.log_severity_level = 4
-    level = ort.GraphOptimizationLevel
-    out.graph_optimization_level = level.ORT_ENABLE_ALL if full else level.ORT_DISABLE_ALL
-    return out
-
-
-def session(packed: Packed, extras: Extras | None = None, **how: Any) -> Any:
-    extras = extras or Extras()
-    rank = how.pop("rank", 2)
-    fields = attributes(packed, bool(extras.branch), extras.bias is not None)
-    return ort_session(model(tensors(packed, extras), fields, rank), options(**how))
-
-
-def run(made: Any, x: Tensor, **fed: Tensor) -> Tensor:
-    feeds = {name: t.numpy() for name, t in fed.items()}
-    return torch.from_numpy(made.run(None, {"x": x.numpy(), **feeds})[0])
-
-
-def assert_right(packed: Packed, x: Tensor, got: Tensor, extras: Extras | None = None) -> None:
-    exact, limit = expected(packed, x, packed.format.a8, extras)
-    assert got.shape == exact.shape
-    wrong = ~((got.double() - exact).abs() <= limit)
-    assert not bool(wrong.any()), f"{packed.format} {tuple(x.shape)}: {int(wrong.sum())} wrong"
-
-
-def case(
-    text: str, n: int = 37, k: int = 100, bias: bool = False, rank: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Packed, Extras]:  # fmt: skip
-    fmt, rng = Format.parse(text), seeded(n + k)
-    k = fitting(fmt, k)
-    packed = fmt.pack(torch.randn(n, k, generator=rng))
-    branch = [t.to(dtype) for t in random_branch(n, k, rank)] if rank else []
-    return packed, Extras(torch.randn(n, generator=rng).to(dtype) if bias else None, branch)
-
-
-def rows(k: int, *lead: int) -> Tensor:
-    return torch.randn(*lead, k, generator=seeded(7))
 
 
 # --- right answers -------------------------------------------------------------------------------
@@ -300,147 +215,3 @@ def test_an_old_onnx_runtime_is_told() -> None:
     register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
     assert register(None, base) == 77
     assert made == [b"sparsefx needs ONNX Runtime 1.17 or newer, this is 1.16.3"]
-
-
-# --- hostile nodes -------------------------------------------------------------------------------
-
-BITMAP, RUNS, PLAIN = "bitmap@50%+uint4g16", "1:16+int8", "fp16"
-HUGE = 1 << 62
-HOSTILE: list[tuple[str, dict[str, Any], str]] = [
-    (BITMAP, {"layout": [3]}, "unknown layout 3"),
-    (BITMAP, {"layout": [2, 1]}, "layout has 2 numbers"),
-    (BITMAP, {"layout": [2, 0, 1]}, "sides of tiles"),
-    (BITMAP, {"layout": [2, 1, -1]}, "sides of tiles"),
-    (BITMAP, {"layout": [2, 2, 2]}, "index has 64 elements, not 16"),
-    (BITMAP, {"layout": [1, 4, 4]}, "1 <= n < m <= 256"),
-    (BITMAP, {"layout": [1, -(1 << 63), 4]}, "1 <= n < m <= 256"),
-    (BITMAP, {"layout": [1, 2, 5]}, "not a multiple of m = 5"),
-    (BITMAP, {"codec": [2]}, "unknown codec 2"),
-    (BITMAP, {"codec": [-1, 4, 16, 0]}, "unknown codec -1"),
-    (BITMAP, {"codec": [1, 4, 16]}, "codec has 3 numbers"),
-    (BITMAP, {"codec": [1, 9, 16, 0]}, "2 to 8 bits, not 9"),
-    (BITMAP, {"codec": [1, -4, 16, 0]}, "2 to 8 bits, not -4"),
-    (BITMAP, {"codec": [1, 4, HUGE, 0]}, "group_size"),
-    (BITMAP, {"codec": [1, 4, -16, 0]}, "group_size"),
-    (BITMAP, {"codec": [1, 4, 16, 7]}, "symmetric must be 0 or 1"),
-    (BITMAP, {"codec": [1, 3, 16, 0]}, "values has 128 elements, not 96"),
-    (BITMAP, {"codec": [1, 4, 8, 0]}, "scales has 32 elements, not 64"),
-    (BITMAP, {"codec": [1, 4, 16, 1]}, "it has 5 inputs, not 4"),
-    (BITMAP, {"codec": [0]}, "it has 5 inputs, not 3"),
-    (BITMAP, {"n": -1}, "n and k must not be negative"),
-    (BITMAP, {"n": HUGE, "k": HUGE}, "too large"),
-    (BITMAP, {"n": HUGE, "k": 0}, "too large"),
-    (BITMAP, {"n": 1 << 30, "k": 1 << 10}, "too large"),
-    (BITMAP, {"n": 17}, "index has 64 elements, not 68"),
-    (BITMAP, {"k": 48}, "index has 64 elements, not 96"),
-    (BITMAP, {"a8": 2}, "a8 must be 0 or 1"),
-    (BITMAP, {"a8": 1, "a8_group": -8}, "a8_group must be"),
-    (BITMAP, {"branch": 1}, "it has 5 inputs, not 8"),
-    (BITMAP, {"biased": 1}, "it has 5 inputs, not 6"),
-    (PLAIN, {"a8": 1}, "a8 needs a codec of integers"),
-    (PLAIN, {"n": 8}, "values has 512 elements, not 256"),
-]
-
-
-def refusal(given: dict[str, Tensor], fields: dict[str, Any], **how: Any) -> str:
-    with pytest.raises(Exception, match="sparsefx") as caught:
-        ort_session(model(given, fields, **how), options())
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(("text", "change", "why"), HOSTILE)
-def test_hostile_attributes(text: str, change: dict[str, Any], why: str) -> None:
-    packed = case(text, 16, 32)[0]
-    message = refusal(tensors(packed, Extras()), attributes(packed) | change)
-    assert f"'fc' of format '{text}'" in message
-    assert why in message
-
-
-@pytest.mark.parametrize("text", [BITMAP, RUNS, PLAIN, "int3"])
-def test_buffers_of_another_length_or_type(text: str) -> None:
-    packed = case(text, 16, 32)[0]
-    given = tensors(packed, Extras())
-    for name in packed.format.buffers:
-        t = given[name]
-        for bad in (t[:-1], torch.cat([t.reshape(-1), t.reshape(-1)[:1]]), t[:0]):
-            assert f"{name} has {bad.numel()} elements" in refusal(
-                given | {name: bad.contiguous()}, attributes(packed)
-            ) or (name == "index" and bad.numel() == t.numel())
-        other = torch.zeros(t.shape, dtype=torch.uint8 if t.dtype != torch.uint8 else torch.float32)
-        assert f"{name} must be " in refusal(given | {name: other}, attributes(packed))
-
-
-def test_an_index_that_counts_other_values() -> None:
-    packed = case(BITMAP, 16, 32)[0]
-    for byte in (0, 255):
-        index = torch.full_like(packed.buffers[0], byte)
-        message = refusal(tensors(packed, Extras()) | {"index": index}, attributes(packed))
-        assert "values has 128 elements, not " in message
-    runs = case("1:3+int8", 16, 33)[0]
-    index = torch.full_like(runs.buffers[0], 255)
-    message = refusal(tensors(runs, Extras()) | {"index": index}, attributes(runs))
-    assert "outside its run of 3" in message
-
-
-def test_missing_or_odd_attributes() -> None:
-    packed = case(RUNS, 16, 32)[0]
-    fields, given = attributes(packed), tensors(packed, Extras())
-    for name in fields:
-        refusal(given, {k: v for k, v in fields.items() if k != name})
-    message = refusal(given, fields | {"format": b"\xff\n" * 5000, "layout": [9]})
-    assert "??" in message
-    assert len(message) < 1000
-
-
-@pytest.mark.parametrize("name", ["index", "values", "scales", "zero_points"])
-def test_a_weight_must_be_constant(name: str) -> None:
-    packed = case(BITMAP, 16, 32)[0]
-    message = refusal(tensors(packed, Extras()), attributes(packed), fed=[name])
-    assert f"({name}) must be a constant initializer" in message
-
-
-def test_x_of_another_width() -> None:
-    packed = case(BITMAP, 16, 32)[0]
-    made = session(packed)
-    for width in (31, 33, 0):
-        with pytest.raises(Exception, match=rf"x\) has shape \(2, {width}\), not \(…, 32\)"):
-            run(made, rows(width, 2))
-    made = session(packed, rank=1)
-    with pytest.raises(Exception, match=r"has shape \(5\)"):
-        run(made, rows(5))
-
-
-def test_branch_and_bias_of_another_shape() -> None:
-    packed, extras = case("int8", 16, 32, True, 4)
-    given, fields = tensors(packed, extras), attributes(packed, True, True)
-    for name, bad in (
-        ("down", torch.zeros(4, 31)), ("up", torch.zeros(15, 4)), ("up", torch.zeros(16, 5)),
-        ("down", torch.zeros(4, 32, dtype=torch.uint8)), ("down", torch.zeros(128)),
-    ):  # fmt: skip
-        assert f"({name}) " in refusal(given | {name: bad}, fields)
-    for name, size in (("branch_scale", 5), ("bias", 15), ("bias", 0)):
-        made = ort_session(model(given | {name: torch.zeros(size)}, fields), options())
-        with pytest.raises(Exception, match=rf"\({name}\) has shape \({size}\)"):
-            run(made, rows(32, 2))
-
-
-def test_random_bytes_are_refused_or_multiplied() -> None:
-    """Whatever the buffers hold, a product of the right shape or a sentence comes back."""
-    rng, said = np.random.default_rng(3), list[str]()
-    for text in (BITMAP, RUNS, "int3g8", "tile3x5@50%+uint5", "1:3+fp16"):
-        packed = case(text, 15, 48)[0]
-        given = tensors(packed, Extras())
-        for _ in range(20):
-            noise = dict(given)
-            name = packed.format.buffers[int(rng.integers(len(given)))]
-            size = given[name].numel() * given[name].element_size()
-            raw = torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8))
-            noise[name] = raw.view(given[name].dtype)
-            try:
-                made = ort_session(model(noise, attributes(packed)), options())
-            except Exception as error:
-                said.append(str(error))
-            else:
-                assert run(made, rows(48, 2)).shape == (2, 15)
-    assert said
-    assert all("sparsefx::Linear 'fc'" in message for message in said)
