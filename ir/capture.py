@@ -78,7 +78,12 @@ def _dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return run
 
     run = torch.compile(model, backend=keep)
-    limits = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
+    limits = {
+        "recompile_limit": 1 << 20,
+        "accumulated_recompile_limit": 1 << 20,
+        # A frame that ran with other sizes before would show symbols in their place.
+        "automatic_dynamic_shapes": False,
+    }
     with torch.no_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(limits):
         warnings.simplefilter("ignore")
         run(*args, **kwargs)

@@ -113,6 +113,8 @@ def test_one_site_whatever_the_spelling(
 @pytest.mark.parametrize("door", ["export", "dynamo"])
 def test_rows_are_seen(door: str) -> None:
     assert one(nn.Sequential(nn.Linear(8, 6)), X, door).rows == ("6",)
+    for size in (5, 9, 7):  # dynamo remembers the sizes of a frame
+        assert one(nn.Sequential(nn.Linear(8, 6)), torch.randn(size, 8), door).rows == (str(size),)
 
 
 @pytest.mark.parametrize("door", ["export", "dynamo", "symbolic"])

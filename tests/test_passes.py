@@ -96,7 +96,7 @@ def test_pack_golden_and_exact() -> None:
     x = torch.randn(3, 16)
     result = work.results[weight]
     down, up, _ = result.branch
-    want = x @ (result.packed.unpack() + up @ down).T + model[0].bias
+    want = x @ (result.packed.unpack() + up.float() @ down.float()).T + model[0].bias
     torch.testing.assert_close(gm(x), want, rtol=1e-5, atol=1e-5)
 
 
