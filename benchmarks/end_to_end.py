@@ -232,7 +232,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     args = arguments()
-    console, rows = Console(), list[Row]()
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    rows: list[Row] = []
     only = re.compile(args.only or "")
     facts = machine.facts()
     facts["versions"] |= {name: version(name) for name in PACKAGES}
