@@ -38,10 +38,6 @@ class Case:
     """Formats of single weights, for every spec."""
 
 
-def _tensors(feed: Feed) -> Any:
-    return {k: torch.from_numpy(v) for k, v in feed.items()}
-
-
 def mlp(width: int = 4096, depth: int = 4) -> Case:
     """Linear and ReLU by turns, random weights: the products alone; 268 MB in float32.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsefx.codegen.onnx_writer import Writer
 from sparsefx.ir.codecs import Int
+from sparsefx.ir.errors import ExportError
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import NM, Layout, Tile
 
@@ -76,7 +77,8 @@ def kept(w: Writer, source: Source) -> ir.Value | None:
         return w.head(fields(w, index, size, 1, yes), n * k)
     if isinstance(layout, NM):
         return _positions(w, layout, index, size, n * k // layout.m)
-    assert isinstance(layout, Tile), f"no ONNX form of {layout}"
+    if not isinstance(layout, Tile):
+        raise _unknown(layout)
     rows, cols = -(-n // layout.rows), -(-k // layout.cols)
     cells = w.head(fields(w, index, size, 1, yes), rows * cols)
     if (layout.rows, layout.cols) == (1, 1):
@@ -151,4 +153,12 @@ def attributes_of(layout: Layout) -> list[int]:
     """How the node names a layout: [0] dense, [1, n, m], [2, rows, cols]."""
     if isinstance(layout, NM):
         return [1, layout.n, layout.m]
-    return [2, layout.rows, layout.cols] if isinstance(layout, Tile) else [0]
+    if isinstance(layout, Tile):
+        return [2, layout.rows, layout.cols]
+    if layout.buffers:
+        raise _unknown(layout)
+    return [0]
+
+
+def _unknown(layout: Layout) -> ExportError:
+    return ExportError(f"layout '{layout}' has no ONNX form: use 'bitmap' or 'tile' to export")

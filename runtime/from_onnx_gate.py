@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsefx.codegen import native
 from sparsefx.codegen.onnx import Lowered
 from sparsefx.codegen.onnx_lower import round_rows
 from sparsefx.codegen.onnx_read import inlined, written_weight
@@ -205,15 +206,15 @@ def compare(
         wanted = _pooled(wanted)
     step("reference")
     seen: list[Difference] = []
-    library, note = _library()
+    missing = native.why_missing()
     for name, level, ours in (("onnxruntime", "off", False), ("onnxruntime", "full", False),
                               ("sparsefx in onnxruntime", "off", True),
                               ("sparsefx in onnxruntime", "full", True)):  # fmt: skip
-        if ours and not library:
+        if ours and missing:
             continue
         seen += _tried(draft, f"{name}, optimisation {level}", level, ours, wanted, measure, strict)
         step(name)
-    return tuple(seen), (note,) * bool(note)
+    return tuple(seen), (f"not tried with the CPU engine: {missing}",) * bool(missing)
 
 
 def _tried(
@@ -302,19 +303,6 @@ def _pooled(wanted: Sequence[_Wanted]) -> list[_Wanted]:
             allowed[i] += 2 * share * size * (1 + 3 / (2 * max(y.numel(), 1)) ** 0.5)
         out.append(replace(want, allowed=allowed))
     return out
-
-
-def _library() -> tuple[bool, str]:
-    """Whether ONNX Runtime takes the CPU engine here, and why not."""
-    import onnxruntime
-
-    from sparsefx.runtime.ort import ort_library
-
-    try:
-        onnxruntime.SessionOptions().register_custom_ops_library(ort_library())
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        return False, f"not tried with the sparsefx library: {error}"
-    return True, ""
 
 
 # --- inputs --------------------------------------------------------------------------------------

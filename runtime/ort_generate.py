@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -139,7 +140,7 @@ class _Chooser:
 def open_session(path: str | os.PathLike[str], threads: int = 0) -> Any:
     """A session over the model at `path`, with our kernels where they were built.
 
-    `threads` 0 leaves their number to ONNX Runtime.
+    Where they were not, a warning says so. `threads` 0 leaves their number to ONNX Runtime.
     """
     try:
         import onnxruntime
@@ -154,7 +155,8 @@ def open_session(path: str | os.PathLike[str], threads: int = 0) -> Any:
     options.log_severity_level = 3
     try:
         return ort_session(path, options)
-    except MissingPackageError:  # the engine was not built here: the nodes' bodies serve
+    except MissingPackageError as error:
+        warnings.warn(f"the file's own operators run, slower: {error}", stacklevel=2)
         providers = ["CPUExecutionProvider"]
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
 
