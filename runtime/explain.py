@@ -16,7 +16,7 @@ from sparsefx.codegen.kernels import UNPACK, Problem, choose, describe
 from sparsefx.ir.format import Format
 from sparsefx.runtime.install import packed_modules
 from sparsefx.runtime.modules import PackedWeight, SparseParameter
-from sparsefx.runtime.report import Report, Row, attached
+from sparsefx.runtime.report import Report, Row, as_text, attached
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,12 +66,7 @@ class Explanation:
         return Group(*_render(self))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
     __repr__ = __str__
 

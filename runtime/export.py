@@ -21,7 +21,7 @@ from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
 from sparsefx.codegen.onnx_adapters import add_slots
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.ir.errors import ExportError
-from sparsefx.runtime.gate import Difference, check
+from sparsefx.runtime.gate import Difference, check, nearest_to_limit
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,9 +49,7 @@ class ExportReport:
     @property
     def worst(self) -> Difference | None:
         """The difference that comes nearest to its tolerance."""
-        return max(
-            self.differences, key=lambda d: d.difference / (d.tolerance or 1.0), default=None
-        )
+        return nearest_to_limit(self.differences)
 
 
 def export_onnx(

@@ -36,10 +36,10 @@ from sparsefx.runtime.from_onnx_gate import (
 )
 from sparsefx.runtime.from_onnx_put import replace_weights
 from sparsefx.runtime.from_onnx_read import load, modernise
-from sparsefx.runtime.gate import Difference
+from sparsefx.runtime.gate import Difference, nearest_to_limit
 from sparsefx.runtime.gate_graph import OURS, STRAY
 from sparsefx.runtime.progress import Progress
-from sparsefx.runtime.report import Row
+from sparsefx.runtime.report import Row, as_text
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,9 +70,7 @@ class OnnxReport:
     @property
     def worst(self) -> Difference | None:
         """The difference that comes nearest to its tolerance."""
-        return max(
-            self.differences, key=lambda d: d.difference / (d.tolerance or 1.0), default=None
-        )
+        return nearest_to_limit(self.differences)
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -80,12 +78,7 @@ class OnnxReport:
         return Group(*_render(self))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def compress_onnx(

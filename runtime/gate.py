@@ -64,6 +64,11 @@ class Difference:
     tolerance: float
 
 
+def nearest_to_limit(differences: Sequence[Difference]) -> Difference | None:
+    """The difference that comes nearest to its tolerance."""
+    return max(differences, key=lambda d: d.difference / (d.tolerance or 1.0), default=None)
+
+
 @dataclass(frozen=True)
 class _Wanted:
     """What eager computes for one call, and how far from it is still right."""

@@ -84,3 +84,13 @@ def attached(model: nn.Module) -> Report | None:
     """The report of the last `sparsify`, None for a model that was never compressed here."""
     found = getattr(model, ATTRIBUTE, None)
     return found if isinstance(found, Report) else None
+
+
+def as_text(renderable: Any) -> str:
+    """What rich prints, for `str`."""
+    from rich.console import Console
+
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
