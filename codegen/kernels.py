@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsefx.codegen import crossover, native
+from sparsefx.codegen import crossover, native, triton
 from sparsefx.codegen.prepared import PRODUCTS, Product
 from sparsefx.ir.codecs import Codec, Float, Int
 from sparsefx.ir.format import Format, Packed
@@ -43,6 +43,8 @@ class Kernel:
     device: str
     run: Callable[[Tensor, Packed, Tensor | None, Sequence[Tensor]], Tensor]
     rejects: Callable[[Format, Problem], str | None] = lambda fmt, problem: None
+    details: Callable[[Sequence[Tensor]], tuple[str, int]] = lambda buffers: ("", 0)
+    """Of the weight in `buffers`: how it is served, and the bytes of the kernel's own copy."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,32 @@ def _native_run(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence
     return y
 
 
+def _native_details(buffers: Sequence[Tensor]) -> tuple[str, int]:
+    """Family and instruction set; family and copy are there from the first product on."""
+    engine = native.engine()
+    if engine is None:
+        return "", 0
+    held = PRODUCTS.find(buffers) if buffers else None
+    if held is None:
+        return engine.isa, 0
+    return f"{held.weight.family} {engine.isa}", held.weight.bytes
+
+
+def _triton(order: str) -> Kernel:
+    def rejects(fmt: Format, problem: Problem) -> str | None:
+        why = triton.rejects(order, fmt, problem.k * problem.n, problem.m, problem.dtype)
+        return why or triton.why_missing() or None
+
+    return Kernel(
+        f"triton_{order}", Layout, Codec, "cuda",
+        partial(triton.run, order), rejects, partial(triton.describe, order),
+    )  # fmt: skip
+
+
 INT8 = Kernel("int8_matmul", Dense, Int, "cpu", _int8_run, _int8_rejects)
-NATIVE = Kernel("cpu_native", Layout, Codec, "cpu", _native_run, _native_rejects)
+NATIVE = Kernel("cpu_native", Layout, Codec, "cpu", _native_run, _native_rejects, _native_details)
 UNPACK = Kernel("unpack_then_dense", Layout, Codec, "*", reference)
-KERNELS: list[Kernel] = [NATIVE, INT8, UNPACK]
+KERNELS: list[Kernel] = [NATIVE, INT8, _triton("columns"), _triton("masked"), UNPACK]
 
 
 @lru_cache(maxsize=4096)
@@ -163,14 +187,6 @@ use_kernel(linear)
 
 
 def describe(kernel: Kernel, buffers: Sequence[Tensor]) -> tuple[str, int]:
-    """The kernel's name with family and instruction set, and the bytes of the engine's copy.
-
-    Family and copy are there from the first product on.
-    """
-    engine = native.engine()
-    if kernel is not NATIVE or engine is None:
-        return kernel.name, 0
-    held = PRODUCTS.find(buffers) if buffers else None
-    if held is None:
-        return f"{kernel.name} {engine.isa}", 0
-    return f"{kernel.name} {held.weight.family} {engine.isa}", held.weight.bytes
+    """The kernel's name with what it says of the weight, and the bytes of its own copy."""
+    details, size = kernel.details(buffers)
+    return " ".join(part for part in (kernel.name, details) if part), size

@@ -166,13 +166,11 @@ def _source(packed: Packed) -> tuple[_Source, list[Any]]:
     """The dense codes or values and the mask, and the tensors that the pointers need alive."""
     fmt, n, k = packed.format, packed.n, packed.k
     split = len(fmt.layout.buffers)
-    mask = fmt.layout.mask(packed.buffers[:split], n, k)
-    count = n * k if mask is None else int(mask.count_nonzero())
     codec, written = fmt.codec, packed.buffers[split:]
-    bits = codec.value_bits(n, k, count, written[0].element_size())
+    values, mask, grid = packed.read()
+    bits = codec.value_bits(n, k, values.numel(), written[0].element_size())
     if sum(b.numel() * b.element_size() for b in written) != -(-bits // 8):
         raise ShapeError(f"what is stored as '{fmt}' is no ({n}, {k}) weight")
-    values, grid = codec.read(written, count, n, k)
     source = _Source(n=n, k=k, group_size=codec.group(k))
     if isinstance(codec, Int):
         source.type, source.bits, source.zero = CODE, codec.bits, -codec.low

@@ -111,12 +111,17 @@ class Packed:
     k: int
     buffers: tuple[Tensor, ...]
 
-    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense (N, K) weight that this stands for, rounded once to `dtype`."""
+    def read(self) -> tuple[Tensor, Tensor | None, Grid]:
+        """Stored codes (count,) in row-major order, the mask (N, K) or None, and the grid."""
         fmt, split = self.format, len(self.format.layout.buffers)
         mask = fmt.layout.mask(self.buffers[:split], self.n, self.k)
         count = self.n * self.k if mask is None else int(mask.count_nonzero())
         codes, grid = fmt.codec.read(self.buffers[split:], count, self.n, self.k)
+        return codes, mask, grid
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense (N, K) weight that this stands for, rounded once to `dtype`."""
+        codes, mask, grid = self.read()
         if mask is None:
             return self._decode(codes.view(self.n, self.k), grid).to(dtype)
         full = torch.zeros(self.n, self.k, dtype=codes.dtype, device=codes.device)

@@ -1,0 +1,345 @@
+"""Packed weights in the orders that the Triton kernels read.
+
+Two orders serve every format. `Columns`: rows that store the same columns form a strip, whose
+columns lie one behind another; dense weights are one strip. `Masked`: every row's stored codes one
+behind another, with a mask bit per cell of columns. Integer codes are cut into planes of 8, 4, 2 or
+1 bits (3 = 2 + 1), so that every width loads whole words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsefx.ir.codecs import Grid, Int
+from sparsefx.ir.format import Format, Packed
+from sparsefx.ir.layouts import Dense, Layout, Tile
+
+WORDS = {8: torch.int32, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""The word that holds the codes of one plane in all slices of a block."""
+SLICES = (64, 32, 16)
+WASTE = 1.06
+"""A longer slice may not cost more padding than this."""
+STEP = 512
+"""Columns, at least, between two places where a task of the mask kernel may begin."""
+Task = tuple[int, int, int, int]
+"""Strip, first row in it, first block, block after the last."""
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """Widths of the planes, lowest bits first."""
+    return (8,) if bits == 8 else tuple(w for w in (4, 2, 1) if bits & w)
+
+
+@dataclass(frozen=True)
+class Dense2D:
+    """Every position of a weight: unsigned codes or float values (N, K), the mask, the grid."""
+
+    codes: Tensor
+    mask: Tensor | None
+    grid: Grid
+
+    @staticmethod
+    def of(packed: Packed) -> Dense2D:
+        """Codes count from `low`; what is not stored has the code of zero."""
+        codec, n, k = packed.format.codec, packed.n, packed.k
+        values, mask, grid = packed.read()
+        if not isinstance(codec, Int):
+            full = values.new_zeros(n, k) if mask is not None else values.view(n, k)
+            return Dense2D(full if mask is None else full.masked_scatter_(mask, values), mask, grid)
+        codes = values.to(torch.int32) - codec.low
+        if mask is None:
+            return Dense2D(codes.view(n, k), mask, grid)
+        full = codes.new_full((n, k), -codec.low)
+        zeros = grid.columns(0, k, codec.group(k)).zero_points
+        if zeros is not None:
+            full = zeros.to(torch.int32)
+        return Dense2D(full.masked_scatter(mask, codes), mask, grid)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What both orders have; `planes` are as `order_names` of the subclass says."""
+
+    format: Format
+    n: int
+    k: int
+    planes: tuple[Tensor, ...]
+    scales: Tensor | None
+    zeros: Tensor | None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        codec = self.format.codec
+        return planes(codec.bits) if isinstance(codec, Int) else (0,)
+
+    @property
+    def offset(self) -> int:
+        codec = self.format.codec
+        return -codec.low if isinstance(codec, Int) else 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [v for v in (*self.planes, self.scales, self.zeros) if v is not None]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes that a product with one row of x reads."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Columns(Prepared):
+    """Strips of `rows` rows; a block is `parts` slices of `slice` stored columns.
+
+    planes: words (blocks, slice, rows), strip after strip; scales and zeros (strips, groups, rows);
+    `columns`: None, slice starts (blocks, parts) or columns (blocks, parts, slice), −1 is padding;
+    `counts`: blocks of every strip.
+    """
+
+    rows: int
+    slice: int
+    parts: int
+    gather: int
+    columns: Tensor | None
+    counts: tuple[int, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors, *([] if self.columns is None else [self.columns])]
+
+    def row_blocks(self, size: int) -> list[Task]:
+        """Blocks of `size` results, each with all blocks of columns it needs."""
+        begins = [sum(self.counts[:i]) for i in range(len(self.counts))]
+        return [
+            (strip, row, begin, begin + count)
+            for strip, (begin, count) in enumerate(zip(begins, self.counts, strict=True))
+            for row in range(0, min(self.rows, self.n - strip * self.rows), size)
+        ]
+
+
+@dataclass(frozen=True)
+class Masked(Prepared):
+    """Streams of codes in int32 words (values for floats), one row behind another.
+
+    mask (mask rows, words) int32, a bit per `cell` columns; begins (N,) int64: a row's first code;
+    starts (N, steps) int32: codes of the row before every `step_words` words; scales, zeros
+    (N, groups).
+    """
+
+    mask: Tensor
+    begins: Tensor
+    starts: Tensor
+    cell: int
+    mask_rows: int
+    step_words: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors, self.mask, self.begins, self.starts]
+
+    def row_blocks(self, size: int) -> list[Task]:
+        """Blocks of `size` results with all steps of columns."""
+        return [(0, row, 0, self.starts.shape[1]) for row in range(0, self.n, size)]
+
+
+# --- Columns -------------------------------------------------------------------------------------
+
+
+def columns_rejects(fmt: Format, k: int, a8: bool) -> str | None:
+    """Why no `Columns` order holds this format."""
+    if not isinstance(fmt.layout, Dense | Tile):
+        return f"rows of layout '{fmt.layout}' share no columns"
+    if isinstance(fmt.layout, Tile) and fmt.layout.rows == 1 and fmt.layout.cols < 16:
+        return f"layout '{fmt.layout}' has no 16 columns in a row"
+    return _slices(fmt, k, a8)
+
+
+def _slices(fmt: Format, k: int, a8: bool) -> str | None:
+    group, least = fmt.codec.group(k), 32 if a8 else 16
+    if group < k and group % least:
+        return f"scale groups of {group} columns are no whole slices of {least}"
+    return None
+
+
+def columns(packed: Packed, a8: bool) -> Columns:
+    """`packed` in strips; `a8`: for int8 activations, whose slices have 32 columns or more."""
+    fmt, n, k = packed.format, packed.n, packed.k
+    dense = Dense2D.of(packed)
+    tile = fmt.layout if isinstance(fmt.layout, Tile) else None
+    rows = min(tile.rows, max(n, 1)) if tile else max(n, 1)
+    parts = 1 if not isinstance(fmt.codec, Int) else 4 if fmt.codec.bits == 8 else 8
+    lists = _stored_columns(dense.mask, tile, rows, fmt.codec.group(k), n, k)
+    size = _slice_size(lists, fmt, k, parts, a8) if rows < 16 else 32 if a8 else 16
+    order = [_padded(strip, size, parts, fmt.codec.group(k)) for strip in lists]
+    counts = tuple(len(o) // (size * parts) for o in order)
+    flat = torch.tensor([c for o in order for c in o], dtype=torch.int64, device=dense.codes.device)
+    strips = torch.arange(len(order), device=flat.device).repeat_interleave(
+        torch.tensor([len(o) for o in order], device=flat.device)
+    )
+    gather = 0 if tile is None else 2 if tile.cols % size else 1
+    table = None if not gather else flat.view(-1, parts, size).to(torch.int32)
+    if gather == 1 and table is not None:
+        table = table[:, :, 0].contiguous()
+    cells = _gathered(dense, fmt, flat, strips, rows, n, k).view(-1, parts, size, rows)
+    return Columns(
+        fmt, n, k, _words(cells, fmt), _by_strip(dense.grid.scales, rows, torch.float16),
+        _by_strip(dense.grid.zero_points, rows, torch.uint8),
+        rows, size, parts, gather, table, counts,
+    )  # fmt: skip
+
+
+def _stored_columns(
+    mask: Tensor | None, tile: Tile | None, rows: int, group: int, n: int, k: int
+) -> list[list[list[int]]]:
+    """Per strip and scale group: the columns that are stored."""
+    if tile is None or mask is None:
+        return [[list(range(g, min(g + group, k))) for g in range(0, k, group)]]
+    count = -(-n // rows)
+    any_row = F.pad(mask, (0, 0, 0, count * rows - n)).view(count, rows, k).any(1).cpu()
+    out = []
+    for strip in any_row:
+        found = strip.nonzero().flatten().tolist()
+        by_group: list[list[int]] = [[] for _ in range(-(-k // group))]
+        for column in found:
+            by_group[column // group].append(column)
+        out.append(by_group)
+    return out
+
+
+def _slice_size(lists: list[list[list[int]]], fmt: Format, k: int, parts: int, a8: bool) -> int:
+    """The longest slice that divides groups (and tiles) and pads little."""
+    group, least = fmt.codec.group(k), 32 if a8 else 16
+    sizes = [s for s in SLICES if s >= least and (group >= k or group % s == 0)]
+    cost = {s: sum(len(_padded(strip, s, parts, group)) for strip in lists) for s in sizes}
+    best = min(cost.values())
+    fits = [s for s in sizes if cost[s] <= best * WASTE]
+    tile = fmt.layout
+    whole = [s for s in fits if isinstance(tile, Tile) and tile.cols % s == 0]
+    return (whole or fits)[0]
+
+
+def _padded(strip: list[list[int]], size: int, parts: int, group: int) -> list[int]:
+    """Columns of a strip, every group filled up to whole slices, the strip to whole blocks."""
+    out: list[int] = []
+    for columns_ in strip:
+        out += columns_ + [-1] * (-len(columns_) % size)
+    return out + [-1] * (-len(out) % (size * parts))
+
+
+def _gathered(
+    dense: Dense2D, fmt: Format, flat: Tensor, strips: Tensor, rows: int, n: int, k: int
+) -> Tensor:
+    """Codes (stored columns, rows): padding holds the code of zero."""
+    count = -(-n // rows) if n else 1
+    codes = F.pad(dense.codes, (0, 0, 0, count * rows - n)).view(count, rows, k)
+    if not k:
+        return dense.codes.new_zeros(flat.numel(), rows)
+    return codes.permute(0, 2, 1)[strips, flat.clamp(min=0)]
+
+
+def _words(cells: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+    """(blocks, parts, slice, rows) codes as one tensor of words per plane."""
+    if not isinstance(fmt.codec, Int):
+        return (cells[:, 0].contiguous(),)
+    out, low = [], 0
+    for width in planes(fmt.codec.bits):
+        part = ((cells >> low) & ((1 << width) - 1)).to(torch.int64)
+        word = torch.zeros_like(part[:, 0])
+        for i in range(cells.shape[1]):
+            word |= part[:, i] << (i * width)
+        out.append(_narrow(word, WORDS[width]))
+        low += width
+    return tuple(out)
+
+
+def _narrow(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The low bits of int64 words as `dtype`, wrapping round."""
+    bits = torch.iinfo(dtype).bits
+    return torch.where(words >= 1 << (bits - 1), words - (1 << bits), words).to(dtype).contiguous()
+
+
+def _by_strip(grid: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
+    """(N, groups) as (strips, groups, rows)."""
+    if grid is None:
+        return None
+    n, groups = grid.shape
+    count = -(-n // rows)
+    wide = F.pad(grid, (0, 0, 0, count * rows - n)).view(count, rows, groups)
+    return wide.permute(0, 2, 1).to(dtype).contiguous()
+
+
+# --- Masked --------------------------------------------------------------------------------------
+
+
+def masked_rejects(fmt: Format, k: int) -> str | None:
+    """Why no `Masked` order holds this format."""
+    if not fmt.layout.buffers:
+        return "every position is stored: there is no mask"
+    group = fmt.codec.group(k)
+    if group < k and group % 32:
+        return f"scale groups of {group} columns are no multiple of 32"
+    return None
+
+
+def masked(packed: Packed) -> Masked:
+    """`packed` under its mask."""
+    fmt, n, k = packed.format, packed.n, packed.k
+    dense = Dense2D.of(packed)
+    assert dense.mask is not None
+    cell = _cell(fmt.layout)
+    mask_rows = fmt.layout.rows if isinstance(fmt.layout, Tile) else 1
+    cells = F.pad(dense.mask, (0, -k % (32 * cell))).view(n, -1, cell).any(-1)
+    step = max(STEP // (32 * cell), 1)
+    wide = cells.repeat_interleave(cell, 1)
+    counts = F.pad(wide, (0, -wide.shape[1] % (32 * cell * step)))
+    per_step = counts.view(n, -1, 32 * cell * step).sum(-1)
+    starts = per_step.cumsum(1) - per_step
+    total = per_step.sum(1)
+    room = -(-total // 32) * 32  # every row begins in a new word of every plane
+    begins = room.cumsum(0) - room
+    return Masked(
+        fmt, n, k, _streams(dense, fmt, wide, begins, int(room.sum())),
+        None if dense.grid.scales is None else dense.grid.scales.half().contiguous(),
+        None if dense.grid.zero_points is None else dense.grid.zero_points.to(torch.uint8),
+        _mask_words(cells[::mask_rows]), begins.contiguous(), starts.to(torch.int32).contiguous(),
+        cell, mask_rows, step,
+    )  # fmt: skip
+
+
+def _cell(layout: Layout) -> int:
+    """Columns per mask bit: a power of two up to 32."""
+    cols = layout.cols if isinstance(layout, Tile) else 1
+    return max(c for c in (1, 2, 4, 8, 16, 32) if cols % c == 0)
+
+
+def _mask_words(cells: Tensor) -> Tensor:
+    """(rows, words) int32 of bits (rows, words · 32)."""
+    bits = cells.view(cells.shape[0], -1, 32).to(torch.int64)
+    shifts = torch.arange(32, device=cells.device)
+    return _narrow((bits << shifts).sum(-1), torch.int32)
+
+
+def _streams(
+    dense: Dense2D, fmt: Format, wide: Tensor, begins: Tensor, total: int
+) -> tuple[Tensor, ...]:
+    """Codes of every row behind each other, cut into planes of int32 words."""
+    k = dense.codes.shape[1]
+    codes = F.pad(dense.codes, (0, wide.shape[1] - k))
+    rank = wide.cumsum(1) - 1
+    place = (begins[:, None] + rank)[wide]
+    flat = codes.new_zeros(total)
+    flat[place] = codes[wide]
+    if not isinstance(fmt.codec, Int):
+        return (flat,)
+    out, low = [], 0
+    for width in planes(fmt.codec.bits):
+        part = ((flat >> low) & ((1 << width) - 1)).to(torch.int64).view(-1, 32 // width)
+        shifts = width * torch.arange(32 // width, device=flat.device)
+        out.append(_narrow((part << shifts).sum(-1), torch.int32))
+        low += width
+    return tuple(out)

@@ -1,0 +1,51 @@
+"""The Triton kernels in Triton's interpreter, which runs them on CPU tensors.
+
+A process either interprets or compiles, from its first import of triton on: tests interpret, and
+compile in processes of their own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def _patch_bfloat16(interpreter: Any, tl: Any) -> None:
+    """Triton 3.7 interprets bfloat16 as its bits: give dot and minus what they mean."""
+    builder = interpreter.InterpreterBuilder
+    dot, minus = builder.create_dot, builder.create_fsub
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, wide(a), wide(b), *rest)
+
+    def create_fsub(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return minus(self, a, b)
+        out = (wide(a).data - wide(b).data).view(np.uint32)
+        assert not (out & 0xFFFF).any(), "a difference that bfloat16 does not hold"
+        return interpreter.TensorHandle((out >> 16).astype(np.uint16), tl.bfloat16)
+
+    builder.create_dot, builder.create_fsub = create_dot, create_fsub
+
+
+@lru_cache
+def kernels() -> ModuleType:
+    """`sparsefx.codegen.triton_kernels`, interpreted: conftest.py sets TRITON_INTERPRET."""
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    assert triton.knobs.runtime.interpret, "triton was imported without TRITON_INTERPRET=1"
+    _patch_bfloat16(interpreter, tl)
+    from sparsefx.codegen import triton_kernels
+
+    return triton_kernels
