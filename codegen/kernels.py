@@ -116,7 +116,7 @@ def _native_run(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence
     )
     if x.numel() >= crossover.LEAST * packed.k:
         problem = Problem(None, packed.n, packed.k, x.dtype, "cpu")
-        product.serve(_native_rows(packed.format, problem)[0])
+        product.serve(*_native_rows(packed.format, problem))
     y = product.any_rows(x, packed.buffers, bias, branch, str(packed.format), packed.n)
     assert y is not None, "the weight was edited while it was multiplied by"
     return y
@@ -130,7 +130,10 @@ def _native_details(buffers: Sequence[Tensor]) -> tuple[str, int]:
     held = PRODUCTS.find(buffers) if buffers else None
     if held is None:
         return engine.isa, 0
-    return f"{held.weight.family} {engine.isa}", held.weight.bytes
+    text = f"{held.weight.family} {engine.isa}"
+    if held.rival and held.rows != crossover.NEVER:
+        text += f", {held.rival} from {held.rows} rows on (measured)"
+    return text, held.weight.bytes
 
 
 def _triton(order: str) -> Kernel:
@@ -152,14 +155,14 @@ KERNELS: list[Kernel] = [NATIVE, INT8, _triton("columns"), _triton("masked"), UN
 
 @lru_cache(maxsize=4096)
 def choose(fmt: Format, problem: Problem) -> Choice:
-    """The first kernel that accepts, and why earlier ones of this layout and codec do not."""
+    """The first kernel of this device, layout and codec that accepts; why earlier ones do not."""
     refused: list[str] = []
     for kernel in KERNELS:
         if not isinstance(fmt.layout, kernel.layout) or not isinstance(fmt.codec, kernel.codec):
             continue
         if kernel.device not in ("*", problem.device):
-            refused.append(f"{kernel.name}: runs on {kernel.device}, not {problem.device}")
-        elif (why := kernel.rejects(fmt, problem)) is not None:
+            continue
+        if (why := kernel.rejects(fmt, problem)) is not None:
             refused.append(f"{kernel.name}: {why}")
         else:
             return Choice(kernel, tuple(refused))

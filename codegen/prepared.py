@@ -130,11 +130,13 @@ class Product:
         self._by = partial(linear_by, self.weight, packed.format, current)
         self.any_rows = self._by(sys.maxsize)
         """`sparsefx::linear`, None where the weight or what is asked for is another."""
-        self.rows = -1
-        self.serve(rows)
+        self.rows, self.rival = -1, ""
+        """The number of rows from which on another kernel serves, and its name if it is known."""
+        self.serve(rows, "")
 
-    def serve(self, rows: int) -> None:
+    def serve(self, rows: int, rival: str) -> None:
         """Let `linear` be `any_rows` for less than `rows` rows of x, and None from there on."""
+        self.rival = rival
         if rows != self.rows:
             self.rows, self.linear = rows, self._by(rows)
 

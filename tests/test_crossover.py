@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen import crossover, native
-from sparsefx.codegen.kernels import Problem, choose
+from sparsefx.codegen.kernels import NATIVE, Problem, choose, describe
 from sparsefx.ir.errors import SpecError
 from sparsefx.ir.format import Format
 from sparsefx.ir.op import reference
@@ -107,3 +107,16 @@ def test_both_sides_of_a_measured_crossing_agree(tuning: Path) -> None:
             assert choice.refused[0].startswith(said)
         else:
             assert choice.kernel.name == "cpu_native"
+
+
+@pytest.mark.skipif(ENGINE is None, reason="no CPU engine")
+def test_explain_says_from_how_many_rows_on_another_kernel_serves(
+    tuning: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossover, "rows", lambda *rest: 100)
+    packed = INT4.pack(torch.randn(96, 128))
+    for m, said in ((1, ""), (64, ", unpack_then_dense from 100 rows on (measured)")):
+        torch.ops.sparsefx.linear(torch.randn(m, 128), packed.buffers, None, [], "int4g128", 96)
+        text, size = describe(NATIVE, packed.buffers)
+        assert text.endswith(f"{ENGINE.isa}{said}" if ENGINE else "")
+        assert size > 0
