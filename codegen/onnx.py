@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen.onnx_decode import Source, attributes_of
+from sparsefx.codegen.onnx_gather import narrowed
 from sparsefx.codegen.onnx_lower import ORT_DOMAIN, Lowering, Problem, Stored, choose, round_rows
 from sparsefx.codegen.onnx_writer import Writer
 from sparsefx.ir.codecs import Int
@@ -272,7 +273,7 @@ class _Lowerer:
         ]
         row, why, stored, y = _body(writer, product.over(inputs), writer.types.FLOAT)
         y.name = "y"
-        key = _overload(product)
+        key = _overload(product, stored.cut)
         if key not in self.functions:
             # A body's operators must mean the same in the model's opset: later ones only widen.
             imports = {"": max(OPSET, self.graph.opset_imports.get("", OPSET)), ORT_DOMAIN: 1}
@@ -329,7 +330,7 @@ def _attributes(product: _Product) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _overload(product: _Product) -> str:
+def _overload(product: _Product, cut: str) -> str:
     """A name for the body: everything that it depends on."""
     x, packed = product.x, product.packed
     sizes = "_".join(str(buffer.numel()) for buffer in packed.buffers)
@@ -337,7 +338,9 @@ def _overload(product: _Product) -> str:
     parts += [f"b{v.dtype}" for v in (*product.weight[-1:], *product.branch[:1])]
     parts += ["bias_" + str(product.bias.dtype)] if product.bias is not None else []
     assert x.shape is not None
-    return "-".join([*parts, "vector"] if x.shape.rank() == 1 else parts)
+    parts += ["vector"] * (x.shape.rank() == 1)
+    parts += [f"cut_{cut}_rank{x.shape.rank()}"] * bool(cut)
+    return "-".join(parts)
 
 
 def _body(
@@ -347,12 +350,15 @@ def _body(
     x, packed = product.x, product.packed
     assert x.shape is not None
     double = compute == writer.types.DOUBLE
-    row, why = choose(Problem(packed.format, packed.n, packed.k, double))
+    problem = Problem(packed.format, packed.n, packed.k, double)
+    row, why = choose(problem)
+    row, plain = narrowed(problem, row, packed)
+    why = "; ".join(part for part in (why, plain) if part)
     stored = row.store(writer, Source.of(packed, product.weight))
     wide = x
     if x.shape.rank() == 1:
         wide = writer.op("Unsqueeze", x, writer.ints(0))
-        wide.dtype = compute
+        wide.dtype, wide.shape = compute, type(x.shape)([1, packed.k])
     y = row.product(writer, wide, stored)
     if product.bias is not None:
         y = writer.op("Add", y, writer.cast(product.bias, compute))

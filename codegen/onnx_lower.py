@@ -60,6 +60,8 @@ class Stored:
     """Of the product's node; for a matrix those of `round_rows`, empty: activations stay float."""
     note: str = ""
     """What is computed with more bits than are stored, and why."""
+    cut: str = ""
+    """What the nodes depend on besides Format, shape and the sizes of the buffers."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def store_blocks(w: Writer, source: Source) -> Stored:
         codes = _codes(w, source, codec, plan, zeros)
         inputs = [merge_codes(w, codes, plan.bits, *shape), scales]
     if zeros is not None:
-        inputs.append(_block_zeros(w, zeros, codec, source, plan))
+        inputs.append(block_zeros(w, _blocks_of(w, zeros, codec, k, plan), n, count, plan))
     attributes = {"K": k, "N": n, "bits": plan.bits, "block_size": plan.size}
     return Stored(tuple(inputs), {**attributes, "accuracy_level": plan.accuracy}, plan.note)
 
@@ -165,12 +167,8 @@ def _high_bits(bits: int) -> Tensor:
 def _codes(w: Writer, source: Source, codec: Int, plan: Blocks, zeros: ir.Value | None) -> ir.Value:
     """MatMulNBits's unsigned codes (N, blocks · size), padding included."""
     n, k = source.n, source.k
-    middle = 1 << (plan.bits - 1)
-    table = code_values(codec) + (middle if codec.symmetric else 0)
-    codes = fields(
-        w, source.values["values"], source.sizes["values"], codec.bits, table.to(torch.uint8)
-    )
-    fill = w.constant(torch.tensor([middle], dtype=torch.uint8))
+    codes = stored_codes(w, source, codec, plan)
+    fill = w.constant(torch.tensor([1 << (plan.bits - 1)], dtype=torch.uint8))
     if zeros is not None and source.format.layout.buffers:
         wide = w.op("Expand", per_column(w, source, zeros, codec), w.ints(n, k))
         fill = w.reshape(wide, n * k)
@@ -183,6 +181,13 @@ def _codes(w: Writer, source: Source, codec: Int, plan: Blocks, zeros: ir.Value 
     return codes
 
 
+def stored_codes(w: Writer, source: Source, codec: Int, plan: Blocks) -> ir.Value:
+    """The stored codes as MatMulNBits counts them, from 0."""
+    table = code_values(codec) + ((1 << (plan.bits - 1)) if codec.symmetric else 0)
+    stream, size = source.values["values"], source.sizes["values"]
+    return fields(w, stream, size, codec.bits, table.to(torch.uint8))
+
+
 def _blocks_of(w: Writer, grid: ir.Value, codec: Int, k: int, plan: Blocks) -> ir.Value:
     """(N, groups) spread over the blocks along K."""
     groups = torch.arange(0, k, plan.size) // codec.group(k)
@@ -191,12 +196,12 @@ def _blocks_of(w: Writer, grid: ir.Value, codec: Int, k: int, plan: Blocks) -> i
     return w.op("Gather", grid, w.constant(groups), axis=1)
 
 
-def _block_zeros(w: Writer, zeros: ir.Value, codec: Int, source: Source, plan: Blocks) -> ir.Value:
-    per_byte, count = 8 // plan.bits, -(-source.k // plan.size)
-    rows = _blocks_of(w, zeros, codec, source.k, plan)
+def block_zeros(w: Writer, zeros: ir.Value, n: int, count: int, plan: Blocks) -> ir.Value:
+    """(n, count) zero points, one per block, as bytes."""
+    per_byte = 8 // plan.bits
     if pad := -count % per_byte:
-        rows = w.op("Pad", rows, w.ints(0, 0, 0, pad))
-    return merge_codes(w, rows, plan.bits, source.n, (count + pad) // per_byte)
+        zeros = w.op("Pad", zeros, w.ints(0, 0, 0, pad))
+    return merge_codes(w, zeros, plan.bits, n, (count + pad) // per_byte)
 
 
 def multiply_blocks(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
@@ -242,7 +247,7 @@ def _matrix(w: Writer, source: Source, wide: ir.Value, dtype: ir.DataType | None
     """(N, K) as the (K, N) that MatMul takes."""
     out = w.op("Transpose", wide, perm=[1, 0])
     out.dtype = dtype or w.types.FLOAT
-    return Stored((out,), _rounding(source))
+    return Stored((out,), rounding(source))
 
 
 def multiply_matrix(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
@@ -251,7 +256,7 @@ def multiply_matrix(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
     return writer.op("MatMul", rows, writer.cast(weight.inputs[0], x.dtype))
 
 
-def _rounding(source: Source) -> dict[str, int]:
+def rounding(source: Source) -> dict[str, int]:
     """Arguments of `round_rows`."""
     fmt, k = source.format, source.k
     return {"k": k, "group": fmt.a8_group or k} if fmt.a8 and k else {}

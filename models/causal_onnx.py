@@ -8,10 +8,12 @@ Names and shapes are those of optimum, transformers.js and onnxruntime-genai: `i
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,8 @@ BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
 EXAMPLE = (2, 5, 3)
 """Sizes of these three at which the model is traced."""
 GROUPED = "sparsefx_grouped"
+ROTATE = "apply_rotary_pos_emb"
+"""What transformers' models call their rotation of queries and keys."""
 
 KeyValues = list[tuple[Tensor, Tensor]]
 """Keys and values (batch, heads, length, size) of every layer."""
@@ -46,16 +50,21 @@ def export_causal_lm(
 
     Batch, sequence and past are dynamic; prompts are padded on the left, with zeros in
     `attention_mask`. `sparsefx.runtime.ort_generate` and others' loops run the file. `adapters` is
-    as in `export_onnx`. Raises
-    ExportError where the cache does not simply grow by one position per token: sliding windows,
-    recurrent states, encoders.
+    as in `export_onnx`.
+
+    A head that shares the embedding's weight stays dense, and every token reads all of it. Before
+    `sparsify`, `sparsefx.models.generate.untie(model, torch.float32)` gives it a weight of its own,
+    which then takes the spec's format, or one of an override such as {"lm_head": "int8+a8"}.
+
+    Raises ExportError where the cache does not simply grow by one position per token: sliding
+    windows, recurrent states, encoders.
     """
     require_packages()
     if why := refusal(model):
         raise ExportError(f"{type(model).__name__} cannot be exported with its cache: {why}")
     wrapped = _WithCache(model).train(model.training)
+    inputs = replace(_inputs(wrapped), also=({PAST: 0},))
     with _attention(model):
-        inputs = replace(_inputs(wrapped), also=({PAST: 0},))
         report = export_call(
             wrapped, path, inputs, verify, lambda graph: _finish(graph, model), adapters, "model."
         )
@@ -109,11 +118,14 @@ class _WithCache(nn.Module):
     ) -> tuple[Tensor, KeyValues]:
         from transformers.cache_utils import DynamicCache
 
-        cache: Any = DynamicCache(config=self.model.config)
+        model: Any = self.model
+        cache: Any = DynamicCache(config=model.config)
         for layer, (key, value) in zip(cache.layers, past_key_values, strict=True):
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
-        out = self.model(
+            if model.config._attn_implementation == GROUPED:
+                layer.update = functools.partial(_step, layer)
+        out = model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=cache, use_cache=True,
         )  # fmt: skip
@@ -186,27 +198,60 @@ def _finish(graph: ir.Model, model: nn.Module) -> None:
     graph.metadata_props["eos_token_id"] = ",".join(map(str, ends))
 
 
+# --- attention -----------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def _attention(model: nn.Module) -> Iterator[None]:
-    """Let `model` attend in plain products: fewer nodes than torch.onnx makes of sdpa."""
+    """Let `model` attend, and turn queries and keys, in few nodes: `_attend` and `_rotate`."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(GROUPED, _attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, eager_mask)
     config: Any = model.config
-    before = config._attn_implementation
-    config._attn_implementation = GROUPED if config.model_type in ARCHITECTURES else "eager"
+    known = config.model_type in ARCHITECTURES
+    code = vars(import_module(type(model).__module__))
+    before = config._attn_implementation, code.get(ROTATE)
+    config._attn_implementation = GROUPED if known else "eager"
+    if known and before[1]:
+        code[ROTATE] = functools.partial(_rotate, before[1])
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = before[0]
+        if before[1]:
+            code[ROTATE] = before[1]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """New keys and values (batch, groups, rows, size) of a layer, next to the past that it has."""
+
+    layer: Any
+    keys: Tensor
+    values: Tensor
+
+    def grow(self) -> tuple[Tensor, Tensor]:
+        """Past and new in one; the layer keeps them."""
+        self.layer.keys = torch.cat([self.layer.keys, self.keys], 2)
+        self.layer.values = torch.cat([self.layer.values, self.values], 2)
+        return self.layer.keys, self.layer.values
+
+
+def _step(layer: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[_Step, _Step]:
+    """In place of a cache layer's `update`: what it returns goes to `_attend` as it is."""
+    step = _Step(layer, keys, values)
+    return step, step
 
 
 def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, **rest: Any
+    module: nn.Module, q: Tensor, step: _Step, _: _Step, mask: Tensor, scaling: float, **rest: Any
 ) -> tuple[Tensor, None]:
     """transformers' `eager` without its copy of keys and values for every query head."""
+    if _fuses(q):
+        return _fused(q, step, mask, scaling), None
+    k, v = step.grow()
     batch, heads, rows, size = q.shape
     groups = k.shape[1]
     scores = q.reshape(batch, groups, heads // groups * rows, size) @ k.mT * scaling
@@ -214,3 +259,61 @@ def _attend(
     shares = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     y = shares.view(batch, groups, heads // groups * rows, k.shape[2]) @ v
     return y.view(batch, heads, rows, size).transpose(1, 2).contiguous(), None
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether ONNX Runtime's fused operators are written: its CPU kernels are for float32."""
+    return torch.compiler.is_exporting() and x.dtype == torch.float32
+
+
+def _fused(q: Tensor, step: _Step, mask: Tensor, scaling: float) -> Tensor:
+    """Attention as one MultiHeadAttention with a head per group, whose queries are rows of it.
+
+    GroupQueryAttention would need no such regrouping, but refuses a batch that continues a past by
+    more than one token, and is slower on long pasts.
+    """
+    batch, heads, rows, size = q.shape
+    groups, past = step.keys.shape[1], step.layer.keys
+    share, grown = heads // groups, (batch, groups, past.shape[2] + rows, size)
+    query = q.transpose(1, 2)
+    if share > 1:
+        query = query.reshape(batch, rows, groups, share, size).permute(0, 3, 1, 2, 4)
+        mask = mask.expand(batch, share, rows, mask.shape[3])
+        mask = mask.reshape(batch, 1, share * rows, mask.shape[3])
+    query = query.reshape(batch, share * rows, groups * size)
+    new = [x.transpose(1, 2).flatten(2) for x in (step.keys, step.values)]
+    y, step.layer.keys, step.layer.values = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::MultiHeadAttention",
+        (query, *new, None, None, mask, past, step.layer.values),
+        {"num_heads": groups, "scale": scaling},
+        dtypes=[q.dtype] * 3, shapes=[query.shape, grown, grown], version=1,
+    )  # fmt: skip
+    if share > 1:
+        y = y.view(batch, share, rows, groups, size).permute(0, 2, 3, 1, 4)
+    return y.reshape(batch, rows, heads, size)
+
+
+def _rotate(
+    plain: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """transformers' `apply_rotary_pos_emb` of (batch, heads, rows, size), one node per tensor.
+
+    The operator looks rows of a table up; the table is what the model computed for these positions,
+    so that its length bounds no text.
+    """
+    batch, rows, size = cos.shape
+    if not _fuses(q) or unsqueeze_dim != 1 or size != q.shape[-1]:
+        return plain(q, k, cos, sin, unsqueeze_dim)
+    places = torch.arange(batch * rows, device=q.device).view(batch, rows)
+    tables = [table[..., : size // 2].reshape(batch * rows, size // 2) for table in (cos, sin)]
+
+    def turn(x: Tensor) -> Tensor:
+        flat = x.transpose(1, 2).flatten(2)
+        y: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::RotaryEmbedding", (flat, places, *tables),
+            {"num_heads": x.shape[1]}, dtype=x.dtype, shape=flat.shape, version=1,
+        )  # fmt: skip
+        return y.view(batch, rows, x.shape[1], size).transpose(1, 2)
+
+    return turn(q), turn(k)

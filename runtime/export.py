@@ -19,6 +19,7 @@ from torch import nn
 
 from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
 from sparsefx.codegen.onnx_adapters import add_slots
+from sparsefx.codegen.onnx_fusions import rewrite
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.ir.errors import ExportError
 from sparsefx.runtime.gate import Difference, check, nearest_to_limit
@@ -97,6 +98,7 @@ def export_call(
             {axis: rule.name for axis, rule in axes.items()} for axes in inputs.axes
         ])  # fmt: skip
         _check_axes(model, inputs)
+        rewrite(model, {row.output for row in rows})
         before = [value.name for value in model.graph.outputs]
         finish(model)
         renamed = dict(zip(before, (value.name for value in model.graph.outputs), strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from sparsefx.models.causal_onnx import names, refusal
 from sparsefx.runtime.ort_generate import Cache, generate, left_padded, open_session, stream
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
@@ -28,13 +30,13 @@ SIZES = {
 PROMPTS = [[5, 9, 60, 33, 7, 21, 80], [11, 4, 50]]
 
 
-def llama() -> Any:
+def llama(**other: Any) -> Any:
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | other))
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=["dense", "int4g32", "bitmap@50%+int4g32"])
+@pytest.fixture(scope="module", params=["dense", "bitmap@50%+int4g32"])
 def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     """A model, its file, and the report of the export."""
     model = llama()
@@ -73,6 +75,25 @@ def test_the_file_keeps_the_convention(pair: Any) -> None:
     assert not report.notes
     assert {row.name for row in report.layers} <= {name for name, _ in model.named_modules()}
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_attends_and_normalises_in_few_nodes(pair: Any, tmp_path: Path) -> None:
+    _, path, _ = pair
+    ops = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert ops["MultiHeadAttention"] == 2
+    assert ops["RotaryEmbedding"] == 4
+    assert not ops["Softmax"] + ops["Reciprocal"]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert ops["SimplifiedLayerNormalization"] == 5
+
+
+def test_the_models_own_code_is_as_before(pair: Any) -> None:
+    from transformers.models.llama import modeling_llama
+
+    assert inspect.isfunction(modeling_llama.apply_rotary_pos_emb)
 
 
 def test_tokens_are_those_of_eager(pair: Any) -> None:
@@ -190,7 +211,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     from sparsefx.cli import app
 
     folder = tmp_path / "model"
-    llama().save_pretrained(folder)
+    llama(num_hidden_layers=1).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)

@@ -1,0 +1,108 @@
+"""Rewrites of a finished ONNX graph: forms that ONNX Runtime's own optimiser knows, fewer copies.
+
+All are exact but the first, which rounds once where torch's `rsqrt` rounds twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+KEPT = "sparsefx.kept"
+
+
+def rewrite(model: ir.Model, keep: Collection[str]) -> None:
+    """Rewrite the main graph of `model` in place, then drop what nothing uses.
+
+    Values called as in `keep` stay what they are.
+    """
+    import onnx_ir.passes.common as passes
+
+    for node in model.graph:
+        for value in node.outputs:
+            value.meta[KEPT] = value.name in keep
+    for node in list(model.graph):
+        rule = RULES.get(node.op_type) if node.domain == "" else None
+        if rule is not None:
+            rule(node)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _divide(node: ir.Node) -> None:
+    """x · 1/√v becomes x / √v: the form in which ONNX Runtime finds root-mean-square norms."""
+    import onnx_ir as ir
+
+    for i, value in enumerate(node.inputs):
+        inverse = _source(value, "Reciprocal")
+        root = _source(inverse.inputs[0], "Sqrt") if inverse is not None else None
+        if inverse is None or root is None:
+            continue
+        quotient = ir.node("Div", [node.inputs[1 - i], root.outputs[0]])
+        _put(node, quotient)
+        return
+
+
+def _untranspose(node: ir.Node) -> None:
+    """Two transpositions that undo each other are none."""
+    before = _source(node.inputs[0], "Transpose")
+    if before is None:
+        return
+    orders = [n.attributes.get("perm") for n in (before, node)]
+    first, second = ([] if order is None else list(order.as_ints()) for order in orders)
+    # Without an order both reverse all axes; one that is told and one that is not stay.
+    if len(first) == len(second) and [first[i] for i in second] == list(range(len(first))):
+        _forget(node, before.inputs[0])
+
+
+def _reshape_once(node: ir.Node) -> None:
+    """Of two reshapes the second does; one that changes nothing goes too."""
+    target = node.inputs[1]
+    constant = None if target is None else target.const_value
+    copies = constant is None or 0 in constant.numpy()  # zeros may stand for the input's own sizes
+    before = _source(node.inputs[0], "Reshape")
+    if before is not None and (not copies or _literal(node)):
+        node.replace_input_with(0, before.inputs[0])
+    x, y = node.inputs[0], node.outputs[0]
+    if x is not None and x.shape is not None and y.shape is not None:
+        known = None not in [d if isinstance(d, int) else d.value for d in y.shape]
+        if known and list(x.shape) == list(y.shape):
+            _forget(node, x)
+
+
+def _literal(node: ir.Node) -> bool:
+    """Whether a zero in the target of this Reshape means zero."""
+    allow = node.attributes.get("allowzero")
+    return allow is not None and allow.as_int() == 1
+
+
+RULES: Mapping[str, Callable[[ir.Node], None]] = {
+    "Mul": _divide,
+    "Transpose": _untranspose,
+    "Reshape": _reshape_once,
+}
+
+
+def _source(value: ir.Value | None, op: str) -> ir.Node | None:
+    """The standard `op` that computes `value`; None when something else does."""
+    node = None if value is None or value.meta.get(KEPT) else value.producer()
+    return node if node is not None and (node.domain, node.op_type) == ("", op) else None
+
+
+def _put(old: ir.Node, new: ir.Node) -> None:
+    from onnx_ir.convenience import replace_nodes_and_values
+
+    before, after = old.outputs[0], new.outputs[0]
+    assert old.graph is not None
+    after.name, after.shape, after.type = before.name, before.shape, before.type
+    replace_nodes_and_values(old.graph, old, [old], [new], [before], [after])
+
+
+def _forget(node: ir.Node, value: ir.Value | None) -> None:
+    """Let users of `node` read `value`; a result of the graph keeps its name, so its node stays."""
+    old = node.outputs[0]
+    if value is not None and not old.is_graph_output() and not old.meta.get(KEPT):
+        old.replace_all_uses_with(value)
