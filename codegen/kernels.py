@@ -150,7 +150,7 @@ def _triton(order: str) -> Kernel:
 INT8 = Kernel("int8_matmul", Dense, Int, "cpu", _int8_run, _int8_rejects)
 NATIVE = Kernel("cpu_native", Layout, Codec, "cpu", _native_run, _native_rejects, _native_details)
 UNPACK = Kernel("unpack_then_dense", Layout, Codec, "*", reference)
-KERNELS: list[Kernel] = [NATIVE, INT8, _triton("columns"), _triton("masked"), UNPACK]
+KERNELS: list[Kernel] = [NATIVE, INT8, *map(_triton, triton.ORDERS), UNPACK]
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@ triton is imported at the first product, never by `import sparsefx`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
@@ -15,15 +15,26 @@ from torch import Tensor
 
 from sparsefx.codegen import triton_tune
 from sparsefx.codegen.prepared import Store
+from sparsefx.codegen.triton_lanes import lanes, lanes_rejects
 from sparsefx.codegen.triton_launch import Config, Product
-from sparsefx.codegen.triton_pack import columns, columns_rejects, masked, masked_rejects
+from sparsefx.codegen.triton_pack import (
+    Columns,
+    Masked,
+    columns,
+    columns_rejects,
+    masked,
+    masked_rejects,
+)  # fmt: skip
 from sparsefx.ir.codecs import Int
 from sparsefx.ir.format import Format, Packed
-from sparsefx.ir.layouts import Dense, Tile
+from sparsefx.ir.layouts import Dense
 from sparsefx.ir.op import reference
 
 TYPES = (torch.float16, torch.bfloat16)
-PRODUCTS: dict[str, Store[Product]] = {"columns": Store(), "masked": Store()}
+ORDERS: Mapping[str, Callable[[Packed], Columns | Masked]] = {
+    "columns": lambda packed: columns(packed, packed.format.a8), "lanes": lanes, "masked": masked,
+}  # fmt: skip
+PRODUCTS: dict[str, Store[Product]] = {order: Store() for order in ORDERS}
 """Weights in each kernel's order, for as long as their packed tensors live."""
 
 
@@ -37,7 +48,7 @@ def why_missing() -> str:
 
 
 def rejects(order: str, fmt: Format, k: int, m: int | None, dtype: torch.dtype) -> str | None:
-    """Why the kernel over `order` ("columns" or "masked") does not multiply by this format."""
+    """Why the kernel over `order` (of `ORDERS`) does not multiply by this format."""
     codec = fmt.codec
     if dtype not in TYPES:
         return f"computes in float16 and bfloat16, not {dtype}"
@@ -53,13 +64,12 @@ def rejects(order: str, fmt: Format, k: int, m: int | None, dtype: torch.dtype) 
         return "the weight is empty"
     if order == "masked":
         return masked_rejects(fmt, k)
-    if (why := columns_rejects(fmt, k, fmt.a8)) is not None:
-        return why
-    rows = fmt.layout.rows if isinstance(fmt.layout, Tile) else 16
-    if rows < 16 and ((m or 0) > 4 or fmt.a8):
+    if order == "columns":
+        return columns_rejects(fmt, k, fmt.a8)
+    if (m or 0) > 4 or fmt.a8:
         what = "int8 activations" if fmt.a8 else f"{m} rows of x"
-        return f"{rows} rows share columns: too few for tensor cores, which {what} need"
-    return None
+        return f"it multiplies without tensor cores, which {what} need"
+    return lanes_rejects(fmt, k)
 
 
 def run(
@@ -80,9 +90,7 @@ def prepared(order: str, packed: Packed) -> Product:
     from sparsefx.codegen import triton_kernels
 
     def make(_: object) -> Product:
-        fmt = packed.format
-        weight = columns(packed, fmt.a8) if order == "columns" else masked(packed)
-        return Product(weight, triton_kernels)
+        return Product(ORDERS[order](packed), triton_kernels)
 
     shape = (packed.format, packed.n, packed.k)
     return PRODUCTS[order].get(

@@ -28,7 +28,7 @@ class Config:
     block_m: int
     block_n: int
     vector: bool = False
-    """Products of vectors instead of tensor cores."""
+    """Products of vectors, a row of x at a time (`block_m` 1), instead of tensor cores."""
     tasks: int = 0
     """Tasks to cut the work into; 0 leaves every block of results to one task."""
     warps: int = 4
@@ -157,45 +157,48 @@ class Product:
             shape = (tasks.tasks.shape[0], m, config.block_n)
             partial = torch.empty(shape, dtype=torch.float32, device=y.device)
         rank = -(-tail[4] // 16) * 16
-        kernel, arguments, constants = self._arguments(x, y, m, tasks)
+        kernel, head, last, constants = self._arguments(config, x, y, m, tasks)
         rows = -(-m // config.block_m)
         kernel[(tasks.tasks.shape[0], rows)](
-            *arguments[:-1], *tail, partial, *arguments[-1],
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, VECTOR=config.vector,
-            PRESCALE=config.block_m >= 64 and x.dtype != torch.int8,
+            *head, *tail, partial, *last,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             SPLIT=split, RANK=rank, ACTIVATION=activation, **constants,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if split:
+            strip, order = (w.rows, w.order) if isinstance(w, Columns) else (w.n, None)
             self.kernels.reduce_kernel[(tasks.blocks.shape[0], rows)](
-                partial, y, m, w.n, _strip_rows(w), tasks.blocks, *tail,
+                partial, y, m, w.n, strip, tasks.blocks, order, *tail,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, RANK=rank, ACTIVATION=activation,
                 num_warps=config.warps,
             )  # fmt: skip
 
     def _arguments(
-        self, x: Tensor, y: Tensor, m: int, tasks: Tasks
-    ) -> tuple[Any, list[Any], dict[str, int]]:
-        """The kernel, its arguments (the last entry follows `partial`) and its constants."""
+        self, config: Config, x: Tensor, y: Tensor, m: int, tasks: Tasks
+    ) -> tuple[Any, list[Any], tuple[int, ...], dict[str, Any]]:
+        """The kernel, its arguments before and behind the common ones, and its constants."""
         w = self.weight
         codec = w.format.codec
-        planes = (*w.planes, None, None)[:3]
         widths = dict(zip(("WIDTH0", "WIDTH1", "WIDTH2"), (*w.widths, 0, 0), strict=False))
-        head: list[Any] = [x, y, m, w.n, w.k, *planes, w.scales, w.zeros]
-        group, groups = codec.group(w.k), codec.groups(w.k) if isinstance(codec, Int) else 1
-        constants = {**widths, "OFFSET": w.offset}
-        if isinstance(w, Columns):
-            constants |= {"PARTS": w.parts, "SLICE": w.slice, "GATHER": w.gather}
-            constants["UNIFORM"] = not w.gather and group % (w.parts * w.slice) == 0
-            head += [w.columns, tasks.tasks, (w.rows, group, groups)]
-            return self.kernels.columns_kernel, head, constants
-        head += [w.mask, w.begins, w.starts, tasks.tasks]
-        head += [(group, groups, w.mask_rows, w.mask.shape[1], w.starts.shape[1])]
-        return self.kernels.mask_kernel, head, constants | {"CELL": w.cell, "WORDS": w.step_words}
-
-
-def _strip_rows(weight: Columns | Masked) -> int:
-    return weight.rows if isinstance(weight, Columns) else weight.n
+        head: list[Any] = [x, y, m, w.n, w.k, *(*w.planes, None, None)[:3], w.scales, w.zeros]
+        groups = codec.groups(w.k) if isinstance(codec, Int) else 1
+        group = codec.group(w.k) if groups > 1 else 0
+        constants: dict[str, Any] = {**widths, "OFFSET": w.offset, "GROUP": group}
+        prescale = config.block_m >= 64 and x.dtype != torch.int8
+        if isinstance(w, Masked):
+            head += [w.mask, w.begins, w.starts, tasks.tasks]
+            constants |= {"CELL": w.cell, "WORDS": w.step_words, "PRESCALE": prescale}
+            last = (groups, w.mask_rows, w.mask.shape[1], w.starts.shape[1])
+            return self.kernels.mask_kernel, head, last, constants
+        whole = not w.gather and group % (w.parts * w.slice) == 0
+        constants |= {"PARTS": w.parts, "SLICE": w.slice, "GATHER": w.gather}
+        constants["UNIFORM"] = groups == 1 or whole
+        if config.vector:
+            head += [w.columns, w.order, tasks.tasks]
+            return self.kernels.vector_kernel, head, (w.rows, groups), constants
+        head += [w.columns, tasks.tasks]
+        constants["PRESCALE"] = prescale
+        return self.kernels.columns_kernel, head, (w.rows, groups), constants
 
 
 def _flat(t: Tensor | None, n: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,9 +22,6 @@ from sparsefx.ir.layouts import Dense, Layout, Tile
 
 WORDS = {8: torch.int32, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 """The word that holds the codes of one plane in all slices of a block."""
-SLICES = (64, 32, 16)
-WASTE = 1.06
-"""A longer slice may not cost more padding than this."""
 STEP = 512
 """Columns, at least, between two places where a task of the mask kernel may begin."""
 Task = tuple[int, int, int, int]
@@ -98,7 +96,9 @@ class Columns(Prepared):
 
     planes: words (blocks, slice, rows), strip after strip; scales and zeros (strips, groups, rows);
     `columns`: None, slice starts (blocks, parts) or columns (blocks, parts, slice), −1 is padding;
-    `counts`: blocks of every strip.
+    `counts`: blocks of every strip. `triton_lanes` has rows with columns of their own: slice starts
+    (blocks, parts, rows), words (blocks, rows, slice), and `order`, the row of the weight (N for
+    none) that stands at (strips, rows).
     """
 
     rows: int
@@ -106,15 +106,16 @@ class Columns(Prepared):
     parts: int
     gather: int
     columns: Tensor | None
+    order: Tensor | None
     counts: tuple[int, ...]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors, *([] if self.columns is None else [self.columns])]
+        return [*super().tensors, *(t for t in (self.columns, self.order) if t is not None)]
 
     def row_blocks(self, size: int) -> list[Task]:
         """Blocks of `size` results, each with all blocks of columns it needs."""
-        begins = [sum(self.counts[:i]) for i in range(len(self.counts))]
+        begins = accumulate((0, *self.counts[:-1]))
         return [
             (strip, row, begin, begin + count)
             for strip, (begin, count) in enumerate(zip(begins, self.counts, strict=True))
@@ -154,12 +155,8 @@ def columns_rejects(fmt: Format, k: int, a8: bool) -> str | None:
     """Why no `Columns` order holds this format."""
     if not isinstance(fmt.layout, Dense | Tile):
         return f"rows of layout '{fmt.layout}' share no columns"
-    if isinstance(fmt.layout, Tile) and fmt.layout.rows == 1 and fmt.layout.cols < 16:
-        return f"layout '{fmt.layout}' has no 16 columns in a row"
-    return _slices(fmt, k, a8)
-
-
-def _slices(fmt: Format, k: int, a8: bool) -> str | None:
+    if isinstance(fmt.layout, Tile) and fmt.layout.rows < 16:
+        return f"{fmt.layout.rows} rows share columns: too few for tensor cores"
     group, least = fmt.codec.group(k), 32 if a8 else 16
     if group < k and group % least:
         return f"scale groups of {group} columns are no whole slices of {least}"
@@ -173,62 +170,51 @@ def columns(packed: Packed, a8: bool) -> Columns:
     tile = fmt.layout if isinstance(fmt.layout, Tile) else None
     rows = min(tile.rows, max(n, 1)) if tile else max(n, 1)
     parts = 1 if not isinstance(fmt.codec, Int) else 4 if fmt.codec.bits == 8 else 8
-    lists = _stored_columns(dense.mask, tile, rows, fmt.codec.group(k), n, k)
-    size = _slice_size(lists, fmt, k, parts, a8) if rows < 16 else 32 if a8 else 16
-    order = [_padded(strip, size, parts, fmt.codec.group(k)) for strip in lists]
-    counts = tuple(len(o) // (size * parts) for o in order)
-    flat = torch.tensor([c for o in order for c in o], dtype=torch.int64, device=dense.codes.device)
-    strips = torch.arange(len(order), device=flat.device).repeat_interleave(
-        torch.tensor([len(o) for o in order], device=flat.device)
-    )
+    group = fmt.codec.group(k)
+    stored = _stored(dense, rows, n, k)
+    size = 32 if a8 else 16
+    flat, lengths = _order(stored, size, parts, group)
+    strips = torch.arange(len(lengths), device=flat.device).repeat_interleave(lengths)
     gather = 0 if tile is None else 2 if tile.cols % size else 1
     table = None if not gather else flat.view(-1, parts, size).to(torch.int32)
     if gather == 1 and table is not None:
         table = table[:, :, 0].contiguous()
     cells = _gathered(dense, fmt, flat, strips, rows, n, k).view(-1, parts, size, rows)
     return Columns(
-        fmt, n, k, _words(cells, fmt), _by_strip(dense.grid.scales, rows, torch.float16),
-        _by_strip(dense.grid.zero_points, rows, torch.uint8),
-        rows, size, parts, gather, table, counts,
+        fmt, n, k, words(cells, fmt), by_strip(dense.grid.scales, rows, torch.float16),
+        by_strip(dense.grid.zero_points, rows, torch.uint8),
+        rows, size, parts, gather, table, None, tuple((lengths // (size * parts)).tolist()),
     )  # fmt: skip
 
 
-def _stored_columns(
-    mask: Tensor | None, tile: Tile | None, rows: int, group: int, n: int, k: int
-) -> list[list[list[int]]]:
-    """Per strip and scale group: the columns that are stored."""
-    if tile is None or mask is None:
-        return [[list(range(g, min(g + group, k))) for g in range(0, k, group)]]
+def _stored(dense: Dense2D, rows: int, n: int, k: int) -> Tensor:
+    """(strips, K) bool: the columns that each strip of `rows` rows stores."""
+    if dense.mask is None:
+        return torch.ones(1, k, dtype=torch.bool, device=dense.codes.device)
     count = -(-n // rows)
-    any_row = F.pad(mask, (0, 0, 0, count * rows - n)).view(count, rows, k).any(1).cpu()
-    out = []
-    for strip in any_row:
-        found = strip.nonzero().flatten().tolist()
-        by_group: list[list[int]] = [[] for _ in range(-(-k // group))]
-        for column in found:
-            by_group[column // group].append(column)
-        out.append(by_group)
-    return out
+    return F.pad(dense.mask, (0, 0, 0, count * rows - n)).view(count, rows, k).any(1)
 
 
-def _slice_size(lists: list[list[list[int]]], fmt: Format, k: int, parts: int, a8: bool) -> int:
-    """The longest slice that divides groups (and tiles) and pads little."""
-    group, least = fmt.codec.group(k), 32 if a8 else 16
-    sizes = [s for s in SLICES if s >= least and (group >= k or group % s == 0)]
-    cost = {s: sum(len(_padded(strip, s, parts, group)) for strip in lists) for s in sizes}
-    best = min(cost.values())
-    fits = [s for s in sizes if cost[s] <= best * WASTE]
-    tile = fmt.layout
-    whole = [s for s in fits if isinstance(tile, Tile) and tile.cols % s == 0]
-    return (whole or fits)[0]
+def _room(stored: Tensor, size: int, parts: int, group: int) -> tuple[Tensor, Tensor]:
+    """Columns that every scale group (strips, groups) and every strip (strips,) takes up.
+
+    Groups are filled up to whole slices, strips to whole blocks.
+    """
+    counts = F.pad(stored, (0, -stored.shape[1] % group)).view(len(stored), -1, group).sum(-1)
+    room = -(-counts // size) * size
+    return room, -(-room.sum(1) // (size * parts)) * (size * parts)
 
 
-def _padded(strip: list[list[int]], size: int, parts: int, group: int) -> list[int]:
-    """Columns of a strip, every group filled up to whole slices, the strip to whole blocks."""
-    out: list[int] = []
-    for columns_ in strip:
-        out += columns_ + [-1] * (-len(columns_) % size)
-    return out + [-1] * (-len(out) % (size * parts))
+def _order(stored: Tensor, size: int, parts: int, group: int) -> tuple[Tensor, Tensor]:
+    """Every strip's columns behind each other, −1 for padding, and the strips' lengths."""
+    room, lengths = _room(stored, size, parts, group)
+    begins = (lengths.cumsum(0) - lengths)[:, None] + room.cumsum(1) - room
+    cells = F.pad(stored, (0, -stored.shape[1] % group)).view(*room.shape, group)
+    rank = cells.cumsum(-1, dtype=torch.int32) - 1
+    flat = begins.new_full((int(lengths.sum()),), -1)
+    column = torch.arange(room.shape[1] * group, device=flat.device).view(1, -1, group)
+    flat[(begins[..., None] + rank)[cells]] = column.expand_as(cells)[cells]
+    return flat, lengths
 
 
 def _gathered(
@@ -242,7 +228,7 @@ def _gathered(
     return codes.permute(0, 2, 1)[strips, flat.clamp(min=0)]
 
 
-def _words(cells: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+def words(cells: Tensor, fmt: Format) -> tuple[Tensor, ...]:
     """(blocks, parts, slice, rows) codes as one tensor of words per plane."""
     if not isinstance(fmt.codec, Int):
         return (cells[:, 0].contiguous(),)
@@ -263,7 +249,7 @@ def _narrow(words: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(words >= 1 << (bits - 1), words - (1 << bits), words).to(dtype).contiguous()
 
 
-def _by_strip(grid: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
+def by_strip(grid: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
     """(N, groups) as (strips, groups, rows)."""
     if grid is None:
         return None

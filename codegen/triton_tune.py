@@ -29,6 +29,8 @@ BUDGET = 20.0
 """Seconds that one search may take; what was not tried by then is left out."""
 MARGIN = 0.98
 """Unpacking to dense takes over if it takes less than this share of the best kernel's time."""
+MODULES = ("kernels", "parts", "launch", "pack", "lanes")
+"""Files whose edit makes older measurements void."""
 Measure = Callable[[Config | None], float]
 """Seconds of one product; None stands for unpacking and a dense product."""
 
@@ -49,11 +51,11 @@ def bucket(m: int) -> int:
 
 
 def default(work: Work) -> Config:
-    """By rule: vectors up to 4 rows, tensor cores and split sums up to 64, large blocks beyond."""
+    """By rule: tensor cores with split sums up to 64 rows, large blocks beyond."""
     m, weight = work.bucket, work.weight
     most = _power(weight.rows) if isinstance(weight, Columns) else 1 << 30
-    if m <= 4 and (not work.a8 or most < 16):
-        return Config(_power(m), min(64, most), True, 4 * work.processors, 4)
+    if isinstance(weight, Columns) and weight.order is not None:
+        return Config(1, 16, True, 4 * work.processors, 4)
     if m <= 64:
         return Config(max(16, m), min(64, most), False, 2 * work.processors, 4)
     wide = 64 if work.a8 or isinstance(weight, Masked) else 128
@@ -66,17 +68,16 @@ def candidates(work: Work) -> list[Config]:
     out = [first]
     most = _power(work.weight.rows) if isinstance(work.weight, Columns) else 1 << 30
     shapes = [(first.block_m, n, first.vector) for n in (first.block_n, 32, 64, 128, 16, 256)]
-    if first.vector and not work.a8 and most >= 16:
-        shapes += [(16, n, False) for n in (64, 32, 128)]
+    if isinstance(work.weight, Columns) and work.bucket <= 4 and not work.a8:
+        shapes += [(1, n, True) for n in (64, 128, 32)]
     if not first.vector and first.block_m > 16:
         shapes += [(first.block_m // 2, n, False) for n in (64, 128)]
     for m, n, vector in shapes:
-        if n > most or (n < 16 and not vector) or m * n > 128 * 128:
+        if n > most or m * n > 128 * 128:
             continue
         for warps in (4, 8, 2):
             for share in (1, 2, 4):
-                tasks = first.tasks * share // 2
-                config = Config(m, n, vector, tasks, warps, first.stages)
+                config = Config(m, n, vector, first.tasks * share // 2, warps, first.stages)
                 if config not in out:
                     out.append(config)
     return out + [replace(c, stages=stages) for c in out[:4] for stages in (2, 4)]
@@ -150,7 +151,7 @@ def _key(work: Work, device: str) -> str:
 def _source() -> str:
     """Which kernels were timed."""
     folder = Path(__file__).parent
-    text = b"".join((folder / f"triton_{n}.py").read_bytes() for n in ("kernels", "launch", "pack"))
+    text = b"".join((folder / f"triton_{n}.py").read_bytes() for n in MODULES)
     return hashlib.sha256(text).hexdigest()[:16]
 
 
