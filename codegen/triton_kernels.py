@@ -34,7 +34,7 @@ def columns_kernel(
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, OFFSET: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, SLICE: tl.constexpr, GATHER: tl.constexpr,
     UNIFORM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRESCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRESCALE: tl.constexpr, UNROLL: tl.constexpr,
     SPLIT: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One task: BLOCK_N rows of one strip times its stored columns first…last, in whole blocks.
@@ -42,7 +42,7 @@ def columns_kernel(
     A strip is R rows of the weight that store the same columns (`triton_pack.Columns`). A block is
     PARTS slices of SLICE columns; word s of a block holds column s of every slice. GATHER: slices
     are consecutive columns of x (0), start at `columns[block, part]` (1), or every column is named
-    by `columns[block, part, s]` (2); −1 is padding.
+    by `columns[block, part, s]` (2); what is below 0 is padding.
     """
     task = tl.program_id(0)
     strip = tl.load(tasks + task * 4).to(tl.int64)
@@ -61,6 +61,10 @@ def columns_kernel(
     SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     at = (first.to(tl.int64) * SLICE + s[:, None]) * R + rows[None, :]
+    if BITS > 0:
+        scales += strip * groups * R
+        if zeros is not None:
+            zeros += strip * groups * R
     for block in range(first, last):
         words0 = tl.load(plane0 + at, mask=n_ok[None, :], other=0)
         if WIDTH1 > 0:
@@ -68,21 +72,21 @@ def columns_kernel(
         if WIDTH2 > 0:
             words2 = tl.load(plane2 + at, mask=n_ok[None, :], other=0)
         if UNIFORM and BITS > 0:
-            grid = (strip * groups + group_of(block * (PARTS * SLICE), GROUP)) * R + rows
+            grid = group_of(block * (PARTS * SLICE), GROUP) * R + rows
             scale, zero = grid_at(scales, zeros, grid, n_ok)
         total = tl.zeros(acc.shape, SUM)
-        for part in tl.static_range(PARTS):
+        for part in tl.range(0, PARTS, loop_unroll_factor=UNROLL):
             if GATHER == 0:
                 start = block * (PARTS * SLICE) + part * SLICE
                 cols = start + s
             elif GATHER == 1:
-                start = tl.load(columns + block * PARTS + part)
-                cols = tl.where(start < 0, K, start + s)
+                start = tl.multiple_of(tl.load(columns + block * PARTS + part), SLICE)
+                cols = start + s
             else:
                 cols = tl.load(columns + (block * PARTS + part) * SLICE + s)
                 start = tl.max(cols, axis=0)
-                cols = tl.where(cols < 0, K, cols)
-            xs = tl.load(x_rows + cols[None, :], mask=m_ok[:, None] & (cols < K)[None, :], other=0)
+            k_ok = (cols >= 0) & (cols < K)
+            xs = tl.load(x_rows + cols[None, :], mask=m_ok[:, None] & k_ok[None, :], other=0)
             if BITS == 0:
                 w = words0.to(DTYPE)
             else:
@@ -92,7 +96,7 @@ def columns_kernel(
                 if WIDTH2 > 0:
                     codes |= field(words2, WIDTH2, part) << (WIDTH0 + WIDTH1)
                 if not UNIFORM:
-                    grid = (strip * groups + group_of(tl.maximum(start, 0), GROUP)) * R + rows
+                    grid = group_of(tl.maximum(start, 0), GROUP) * R + rows
                     scale, zero = grid_at(scales, zeros, grid, n_ok & (start < K))
                 w = numbers(codes, zero[None, :], OFFSET, BITS, DTYPE)
             if BITS == 0:
@@ -148,6 +152,10 @@ def vector_kernel(
         at = (first.to(tl.int64) * R + rows[None, :]) * SLICE + s[:, None]
     else:
         at = (first.to(tl.int64) * SLICE + s[:, None]) * R + rows[None, :]
+    if BITS > 0:
+        scales += strip * groups * R
+        if zeros is not None:
+            zeros += strip * groups * R
     for block in range(first, last):
         words0 = tl.load(plane0 + at, mask=n_ok[None, :], other=0)
         if WIDTH1 > 0:
@@ -155,7 +163,7 @@ def vector_kernel(
         if WIDTH2 > 0:
             words2 = tl.load(plane2 + at, mask=n_ok[None, :], other=0)
         if UNIFORM and BITS > 0:
-            grid = (strip * groups + group_of(block * (PARTS * SLICE), GROUP)) * R + rows
+            grid = group_of(block * (PARTS * SLICE), GROUP) * R + rows
             scale, zero = grid_at(scales, zeros, grid, n_ok)
         total = tl.zeros((SLICE, BLOCK_N), tl.float32)
         for part in tl.static_range(PARTS):
@@ -163,22 +171,21 @@ def vector_kernel(
                 start = block * (PARTS * SLICE) + part * SLICE
                 cols = (start + s)[:, None]
             elif GATHER == 1:
-                start = tl.load(columns + block * PARTS + part)
-                cols = tl.where(start < 0, K, start + s)[:, None]
+                start = tl.multiple_of(tl.load(columns + block * PARTS + part), SLICE)
+                cols = (start + s)[:, None]
             elif GATHER == 2:
-                cols = tl.load(columns + (block * PARTS + part) * SLICE + s)
-                start = tl.max(cols, axis=0)
-                cols = tl.where(cols < 0, K, cols)[:, None]
+                cols = tl.load(columns + (block * PARTS + part) * SLICE + s)[:, None]
+                start = tl.max(cols)
             else:
-                start = tl.load(columns + (block * PARTS + part) * R + rows, mask=n_ok, other=-1)
-                start = start.to(tl.int32)
-                cols = tl.where(start < 0, K, start)[None, :] + s[:, None]
-            xs = tl.load(x_row + cols, mask=cols < K, other=0).to(tl.float32)
+                start = tl.load(columns + (block * PARTS + part) * R + rows, mask=n_ok, other=-32)
+                start = tl.multiple_of(start.to(tl.int32), [SLICE])
+                cols = start[None, :] + s[:, None]
+            xs = tl.load(x_row + cols, mask=(cols >= 0) & (cols < K), other=0).to(tl.float32)
             if BITS == 0:
                 w = words0.to(tl.float32)
             else:
                 if not UNIFORM:
-                    grid = (strip * groups + group_of(tl.maximum(start, 0), GROUP)) * R + rows
+                    grid = group_of(tl.maximum(start, 0), GROUP) * R + rows
                     scale, zero = grid_at(scales, zeros, grid, n_ok & (start < K))
                 if WIDTH1 == 0:
                     w = in_place(words0, WIDTH0, part, zero[None, :], OFFSET)

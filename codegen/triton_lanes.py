@@ -17,6 +17,8 @@ from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import Tile
 
 ROWS, SLICE = 64, 16
+NONE = -SLICE
+"""Start of a slice that is padding."""
 
 
 def lanes_rejects(fmt: Format, k: int) -> str | None:
@@ -66,7 +68,7 @@ def _starts(runs: Tensor, blocks: Tensor, parts: int) -> Tensor:
     longest = int(blocks.max()) * parts if len(blocks) else 0
     found = F.pad(found, (0, max(longest - found.shape[1], 0)), value=runs.shape[1])
     wide = found[:, :longest].view(-1, ROWS, longest // parts if parts else 0, parts)
-    wide = torch.where(wide == runs.shape[1], -1, wide * SLICE).permute(0, 2, 3, 1)
+    wide = torch.where(wide == runs.shape[1], NONE, wide * SLICE).permute(0, 2, 3, 1)
     used = torch.arange(wide.shape[1], device=runs.device) < blocks[:, None]
     return wide[used]
 

@@ -197,7 +197,8 @@ class Product:
             head += [w.columns, w.order, tasks.tasks]
             return self.kernels.vector_kernel, head, (w.rows, groups), constants
         head += [w.columns, tasks.tasks]
-        constants["PRESCALE"] = prescale
+        # Large blocks of results fill the registers with one slice, small ones wait for memory.
+        constants |= {"PRESCALE": prescale, "UNROLL": w.parts if config.block_m < 64 else 1}
         return self.kernels.columns_kernel, head, (w.rows, groups), constants
 
 

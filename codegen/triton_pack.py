@@ -95,7 +95,7 @@ class Columns(Prepared):
     """Strips of `rows` rows; a block is `parts` slices of `slice` stored columns.
 
     planes: words (blocks, slice, rows), strip after strip; scales and zeros (strips, groups, rows);
-    `columns`: None, slice starts (blocks, parts) or columns (blocks, parts, slice), −1 is padding;
+    `columns`: None, slice starts (blocks, parts) or columns (blocks, parts, slice), below 0 padding;
     `counts`: blocks of every strip. `triton_lanes` has rows with columns of their own: slice starts
     (blocks, parts, rows), words (blocks, rows, slice), and `order`, the row of the weight (N for
     none) that stands at (strips, rows).
@@ -178,7 +178,7 @@ def columns(packed: Packed, a8: bool) -> Columns:
     gather = 0 if tile is None else 2 if tile.cols % size else 1
     table = None if not gather else flat.view(-1, parts, size).to(torch.int32)
     if gather == 1 and table is not None:
-        table = table[:, :, 0].contiguous()
+        table = table[:, :, 0].where(table[:, :, 0] >= 0, -size).contiguous()
     cells = _gathered(dense, fmt, flat, strips, rows, n, k).view(-1, parts, size, rows)
     return Columns(
         fmt, n, k, words(cells, fmt), by_strip(dense.grid.scales, rows, torch.float16),

@@ -55,7 +55,7 @@ def default(work: Work) -> Config:
     m, weight = work.bucket, work.weight
     most = _power(weight.rows) if isinstance(weight, Columns) else 1 << 30
     if isinstance(weight, Columns) and weight.order is not None:
-        return Config(1, 16, True, 4 * work.processors, 4)
+        return Config(1, 32, True, 4 * work.processors, 4)
     if m <= 64:
         return Config(max(16, m), min(64, most), False, 2 * work.processors, 4)
     wide = 64 if work.a8 or isinstance(weight, Masked) else 128
