@@ -13,10 +13,13 @@ help:
 	@echo 'make check-zoo  the tests over every model architecture'
 	@echo 'make test-neon  the CPU engine for ARM processors, emulated'
 	@echo 'make test-sanitize  the CPU engine under the address, undefined and thread sanitizers'
+	@echo 'make test-old-ort  exported files in the oldest versions of ONNX Runtime that run them'
 	@echo 'make test-mutations  breaks the CPU engine on purpose: the tests must notice every fault'
 	@echo 'make bench-cpu  time every kind of weight against other engines (5 minutes; ARGS=--full)'
 	@echo 'make bench-e2e  time whole models against other engines (an hour; ARGS=--help)'
 	@echo 'make bench-ort  time exported files in ONNX Runtime against its own quantisers (20 minutes)'
+	@echo 'make bench-gpu  time every kind of weight on this GPU against other kernels (9 minutes)'
+	@echo 'make test-gpu   the tests that need a GPU'
 	@echo 'make lint       style, formatting and types'
 	@echo 'make wheel      build the wheel and source package into dist/'
 	@echo 'make clean      delete what these targets made'
@@ -60,6 +63,19 @@ test-sanitize:
 
 test-mutations: .venv/dev.stamp
 	@CXX='$(CXX)' CROSS='$(CROSS)' EMULATOR='$(EMULATOR)' $(BIN)/python tests/mutate_native.py $(ARGS)
+
+# One too old, the oldest that runs files with our kernels, the oldest that runs them without.
+OLD_ORT = 1.16.3 1.21.1 1.27.0
+test-old-ort: .venv/models.stamp $(OLD_ORT:%=.venv/ort-%.stamp)
+	@$(BIN)/python tests/old_ort.py $(OLD_ORT:%=.venv/ort-%)
+
+# With a GPU; on a machine without .venv the Python that has torch and triton serves.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,env PYTHONPATH=src:tests:$$PYTHONPATH $(PYTHON))
+bench-gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+test-gpu:
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n 8 --dist load tests/test_gpu.py $(ARGS)
 
 lint: .venv/dev.stamp
 	@$(BIN)/ruff check .
@@ -121,6 +137,14 @@ build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
 	  echo 'Some engines do not install here; the benchmark names them and goes on.'
 	@touch $@
 
+.venv/ort-%.stamp: .venv/dev.stamp
+	@echo 'Installing ONNX Runtime $*'
+	@$(BIN)/python -m venv $(basename $@)
+	@$(basename $@)/bin/python -m pip install --disable-pip-version-check -q --only-binary :all: \
+	  onnxruntime==$* $(if $(filter 1.1%,$*),'numpy<2') || \
+	  echo 'ONNX Runtime $* does not install for this Python; it will not be tried.'
+	@touch $@
+
 # llama.cpp is built without its image models. GCC 12 takes the stores before `ldtilecfg` for dead
 # and llama.cpp then crashes on processors with AMX, hence the flags.
 .venv/e2e.stamp: .venv/models.stamp requirements-e2e.txt
@@ -130,5 +154,5 @@ build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
 	  echo 'Some engines do not install here; the benchmark names them and goes on.'
 	@touch $@
 
-.PHONY: help demo test test-slow check-zoo test-neon test-sanitize test-mutations bench-cpu bench-e2e \
-        lint wheel clean
+.PHONY: help demo test test-slow check-zoo test-neon test-sanitize test-mutations test-old-ort \
+        bench-cpu bench-e2e bench-ort bench-gpu test-gpu lint wheel clean

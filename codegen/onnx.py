@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen.onnx_decode import Source, attributes_of
+from sparsefx.codegen.onnx_fusions import tidy
 from sparsefx.codegen.onnx_gather import narrowed
 from sparsefx.codegen.onnx_lower import ORT_DOMAIN, Lowering, Problem, Stored, choose, round_rows
 from sparsefx.codegen.onnx_writer import Writer
@@ -87,34 +88,20 @@ def to_onnx(
     assert exported is not None
     model = exported.model
     model.ir_version = IR_VERSION
-    _tidy(model)
+    _own(model)
+    tidy(model)
     return model, lower(model, {**program.state_dict, **program.constants})
 
 
-def _tidy(model: ir.Model) -> None:
-    """Fold constants, share what is equal, drop what is unused.
-
-    torch.onnx's own `optimize` also tries rewrite rules whose matching walks the whole graph for
-    every node (minutes for 30 layers); ONNX Runtime does those rewrites when it loads.
-    """
+def _own(model: ir.Model) -> None:
+    """Note on every placeholder whose weight it holds: equal buffers become one later."""
     import onnx_ir as ir
-    from onnx_ir.passes import common
-    from onnxscript.optimizer import fold_constants_ir
 
-    common.InlinePass()(model)
-    fold_constants_ir(model, onnx_shape_inference=True)
-    ir.passes.Sequential(
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
-        common.RemoveUnusedOpsetsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
-        common.ClearMetadataAndDocStringPass(),  # stack traces: half a megabyte of local paths
-    )(model)
+    for node in model.graph:
+        if _placeholder(node):
+            buffer = node.inputs[1 if node.op_type == "linear" else 0]
+            assert buffer is not None
+            node.attributes["owner"] = ir.AttrString("owner", _owner(buffer))
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -308,7 +295,12 @@ class _Lowerer:
             raise ExportError(f"packed buffers {missing} are not constants of the exported program")
         fmt = Format.parse(node.attributes["format"].as_string())
         packed = Packed(fmt, n, k, tuple(self.tensors[name].detach().cpu() for name in names))
-        return packed, names[0].rpartition(".")[0]
+        owner = node.attributes.get("owner")
+        return packed, _owner(values[0]) if owner is None else owner.as_string()
+
+
+def _owner(buffer: ir.Value) -> str:
+    return str(buffer.name).rpartition(".")[0]
 
 
 def _input_names(product: _Product) -> list[str]:

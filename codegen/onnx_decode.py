@@ -55,14 +55,17 @@ def fields(w: Writer, stream: ir.Value, size: int, bits: int, table: Tensor) -> 
         codes = (torch.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)
         index = w.cast(stream, w.types.INT32)
         return w.reshape(w.op("Gather", w.constant(table[codes]), index), size * 8 // bits)
+    # A code lies in at most two bytes. ONNX Runtime adds int64 in double: no word of 56 bits here.
     groups = -(-size // bits)
     if pad := groups * bits - size:
         stream = w.op("Pad", stream, w.ints(0, pad))
-    raw = w.reshape(w.cast(stream, w.types.INT64), groups, bits)
-    raw = w.op("Mul", raw, w.constant(256 ** torch.arange(bits)))
-    words = w.op("ReduceSum", raw, w.ints(1), keepdims=1)
-    codes_ = w.op("Div", words, w.constant(2 ** (bits * torch.arange(8))))
-    codes_ = w.op("Mod", codes_, w.ints(1 << bits))
+    raw = w.reshape(w.cast(stream, w.types.INT32), groups, bits)
+    start = torch.arange(8) * bits
+    low = w.op("Gather", raw, w.constant(start // 8), axis=1)
+    high = w.op("Gather", raw, w.constant((start // 8 + 1).clamp(max=bits - 1)), axis=1)
+    pairs = w.op("Add", low, w.op("Mul", high, w.constant(torch.tensor(256, dtype=torch.int32))))
+    codes_ = w.op("Div", pairs, w.constant((2 ** (start % 8)).int()))
+    codes_ = w.op("Mod", codes_, w.constant(torch.tensor(1 << bits, dtype=torch.int32)))
     return w.reshape(w.op("Gather", w.constant(table), codes_), groups * 8)
 
 

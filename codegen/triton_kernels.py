@@ -309,7 +309,7 @@ def reduce_kernel(
     place = (first.to(tl.int64) * M + ms[:, None]) * BLOCK_N + n_local[None, :]
     for _ in range(first, last):
         acc += tl.load(partial + place, mask=(ms < M)[:, None] & n_ok[None, :], other=0.0)
-        place += M * BLOCK_N
+        place += tl.full((), BLOCK_N, tl.int64) * M
     finish(
         acc, ms, tl.where(n_ok, ns, N), M, N, y, row_scales, bias, low, up, rank, multiply,
         residual, RANK, ACTIVATION,
@@ -359,11 +359,11 @@ def rows_kernel(
             tl.store(codes + at + (k + j)[None, :], near.to(tl.int8), mask=ok)
         if RANK > 0:
             part = tl.load(
-                down + ranks[None, :] * K + (k + j)[:, None],
+                down + ranks[None, :].to(tl.int64) * K + (k + j)[:, None],
                 mask=r_ok[None, :] & (k + j < K)[:, None], other=0.0,
             )  # fmt: skip
             acc = product(xs, part, acc)
     if RANK > 0:
         acc *= tl.load(strength + ranks, mask=r_ok, other=0.0).to(tl.float32)[None, :]
-        place = ms[:, None] * rank + ranks[None, :]
+        place = ms[:, None].to(tl.int64) * rank + ranks[None, :]
         tl.store(low + place, acc.to(low.dtype.element_ty), mask=m_ok[:, None] & r_ok[None, :])

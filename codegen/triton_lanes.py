@@ -38,7 +38,7 @@ def lanes(packed: Packed) -> Columns:
     dense = Dense2D.of(packed)
     assert dense.mask is not None
     parts = 1 if not isinstance(fmt.codec, Int) else 4 if fmt.codec.bits == 8 else 8
-    runs = F.pad(dense.mask, (0, -k % SLICE)).view(n, -1, SLICE).any(-1)
+    runs = F.pad(dense.mask, (0, -k % SLICE)).view(n, -(-k // SLICE), SLICE).any(-1)
     counts = runs.sum(1)
     order = counts.argsort(descending=True, stable=True)
     order = F.pad(order, (0, -n % ROWS), value=n)
@@ -67,7 +67,7 @@ def _starts(runs: Tensor, blocks: Tensor, parts: int) -> Tensor:
     found = torch.where(runs, column, runs.shape[1]).sort(1).values
     longest = int(blocks.max()) * parts if len(blocks) else 0
     found = F.pad(found, (0, max(longest - found.shape[1], 0)), value=runs.shape[1])
-    wide = found[:, :longest].view(-1, ROWS, longest // parts if parts else 0, parts)
+    wide = found[:, :longest].reshape(len(blocks), ROWS, longest // parts, parts)
     wide = torch.where(wide == runs.shape[1], NONE, wide * SLICE).permute(0, 2, 3, 1)
     used = torch.arange(wide.shape[1], device=runs.device) < blocks[:, None]
     return wide[used]
@@ -82,8 +82,6 @@ def _codes(
     dense: Dense2D, fmt: Format, starts: Tensor, rows: Tensor, n: int, k: int
 ) -> tuple[Tensor, ...]:
     """Words (blocks, ROWS, SLICE) of each plane; padding reads as any code, x is 0 there."""
-    codes = F.pad(dense.codes, (0, -k % SLICE, 0, 1)).view(n + 1, -1, SLICE)
-    if not codes.shape[1]:
-        codes = codes.new_zeros(n + 1, 1, SLICE)
+    codes = F.pad(dense.codes, (0, -k % SLICE, 0, 1)).view(n + 1, -(-k // SLICE), SLICE)
     picked = codes[rows[:, None, :], starts.clamp(min=0) // SLICE]  # (blocks, parts, ROWS, SLICE)
     return words(picked, fmt)

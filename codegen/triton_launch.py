@@ -111,7 +111,7 @@ class Product:
         """
         w = self.weight
         rows = x.reshape(-1, w.k).contiguous()
-        m = rows.shape[0] if w.k else x.shape[:-1].numel()
+        m = rows.shape[0]
         y = x.new_empty((*x.shape[:-1], w.n))
         if not m or not w.n:
             return y

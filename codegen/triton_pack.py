@@ -95,7 +95,7 @@ class Columns(Prepared):
     """Strips of `rows` rows; a block is `parts` slices of `slice` stored columns.
 
     planes: words (blocks, slice, rows), strip after strip; scales and zeros (strips, groups, rows);
-    `columns`: None, slice starts (blocks, parts) or columns (blocks, parts, slice), below 0 padding;
+    `columns`: None, slice starts (blocks, parts) or columns (blocks, parts, slice), padding < 0;
     `counts`: blocks of every strip. `triton_lanes` has rows with columns of their own: slice starts
     (blocks, parts, rows), words (blocks, rows, slice), and `order`, the row of the weight (N for
     none) that stands at (strips, rows).
@@ -115,10 +115,10 @@ class Columns(Prepared):
 
     def row_blocks(self, size: int) -> list[Task]:
         """Blocks of `size` results, each with all blocks of columns it needs."""
-        begins = accumulate((0, *self.counts[:-1]))
+        begins = accumulate(self.counts, initial=0)
         return [
             (strip, row, begin, begin + count)
-            for strip, (begin, count) in enumerate(zip(begins, self.counts, strict=True))
+            for strip, (begin, count) in enumerate(zip(begins, self.counts, strict=False))
             for row in range(0, min(self.rows, self.n - strip * self.rows), size)
         ]
 
@@ -200,7 +200,8 @@ def _room(stored: Tensor, size: int, parts: int, group: int) -> tuple[Tensor, Te
 
     Groups are filled up to whole slices, strips to whole blocks.
     """
-    counts = F.pad(stored, (0, -stored.shape[1] % group)).view(len(stored), -1, group).sum(-1)
+    strips, k = stored.shape
+    counts = F.pad(stored, (0, -k % group)).view(strips, -(-k // group), group).sum(-1)
     room = -(-counts // size) * size
     return room, -(-room.sum(1) // (size * parts)) * (size * parts)
 
@@ -279,11 +280,12 @@ def masked(packed: Packed) -> Masked:
     assert dense.mask is not None
     cell = _cell(fmt.layout)
     mask_rows = fmt.layout.rows if isinstance(fmt.layout, Tile) else 1
-    cells = F.pad(dense.mask, (0, -k % (32 * cell))).view(n, -1, cell).any(-1)
+    per_row = -(-k // (32 * cell))
+    cells = F.pad(dense.mask, (0, -k % (32 * cell))).view(n, 32 * per_row, cell).any(-1)
     step = max(STEP // (32 * cell), 1)
     wide = cells.repeat_interleave(cell, 1)
     counts = F.pad(wide, (0, -wide.shape[1] % (32 * cell * step)))
-    per_step = counts.view(n, -1, 32 * cell * step).sum(-1)
+    per_step = counts.view(n, -(-per_row // step), 32 * cell * step).sum(-1)
     starts = per_step.cumsum(1) - per_step
     total = per_step.sum(1)
     room = -(-total // 32) * 32  # every row begins in a new word of every plane
@@ -305,7 +307,7 @@ def _cell(layout: Layout) -> int:
 
 def _mask_words(cells: Tensor) -> Tensor:
     """(rows, words) int32 of bits (rows, words · 32)."""
-    bits = cells.view(cells.shape[0], -1, 32).to(torch.int64)
+    bits = cells.view(cells.shape[0], cells.shape[1] // 32, 32).to(torch.int64)
     shifts = torch.arange(32, device=cells.device)
     return _narrow((bits << shifts).sum(-1), torch.int32)
 

@@ -119,7 +119,7 @@ def finish(
             ranks = r + tl.arange(0, 16)
             r_ok = ranks < rank
             left = tl.load(
-                low + ms[:, None] * rank + ranks[None, :],
+                low + ms[:, None].to(tl.int64) * rank + ranks[None, :],
                 mask=m_ok[:, None] & r_ok[None, :], other=0.0,
             )  # fmt: skip
             right = tl.load(

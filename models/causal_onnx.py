@@ -45,12 +45,13 @@ def export_causal_lm(
     *,
     verify: bool = True,
     adapters: Sequence[str] = (),
+    inline: bool = False,
 ) -> ExportReport:
     """Write a transformers causal language model with its cache to `path`, as `export_onnx` does.
 
     Batch, sequence and past are dynamic; prompts are padded on the left, with zeros in
-    `attention_mask`. `sparsefx.runtime.ort_generate` and others' loops run the file. `adapters` is
-    as in `export_onnx`.
+    `attention_mask`. `sparsefx.runtime.ort_generate` and others' loops run the file. `adapters` and
+    `inline` are as in `export_onnx`.
 
     A head that shares the embedding's weight stays dense, and every token reads all of it. Before
     `sparsify`, `sparsefx.models.generate.untie(model, torch.float32)` gives it a weight of its own,
@@ -66,7 +67,14 @@ def export_causal_lm(
     inputs = replace(_inputs(wrapped), also=({PAST: 0},))
     with _attention(model):
         report = export_call(
-            wrapped, path, inputs, verify, lambda graph: _finish(graph, model), adapters, "model."
+            wrapped,
+            path,
+            inputs,
+            verify,
+            lambda graph: _finish(graph, model),
+            adapters,
+            "model.",
+            inline,
         )
     rows = [replace(row, name=row.name.removeprefix("model.")) for row in report.layers]
     return replace(report, layers=tuple(rows))

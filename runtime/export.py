@@ -19,7 +19,7 @@ from torch import nn
 
 from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
 from sparsefx.codegen.onnx_adapters import add_slots
-from sparsefx.codegen.onnx_fusions import rewrite
+from sparsefx.codegen.onnx_fusions import in_place, rewrite
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.ir.errors import ExportError
 from sparsefx.runtime.gate import Difference, check, nearest_to_limit
@@ -61,6 +61,7 @@ def export_onnx(
     verify: bool = True,
     *,
     adapters: Sequence[str] = (),
+    inline: bool = False,
 ) -> ExportReport:
     """Write `compiled` to `path` as ONNX and return what was done.
 
@@ -71,11 +72,15 @@ def export_onnx(
 
     `adapters` names packed modules ("layer.0", "*.q_proj") that get empty slots for LoRA matrices,
     which ONNX Runtime's adapters fill at run time (`sparsefx.export_adapter` writes those).
+
+    The file runs in ONNX Runtime 1.27 or later, with our library in 1.21 or later. `inline` writes
+    plain operators in place of our nodes: most formats then run from 1.18 on, and always at the
+    speed of ONNX Runtime alone.
     """
     require_packages()
     _target(path)
     inputs = Inputs.of(compiled, example_inputs, dynamic_shapes)
-    return export_call(compiled, path, inputs, verify, adapters=adapters)
+    return export_call(compiled, path, inputs, verify, adapters=adapters, inline=inline)
 
 
 def export_call(
@@ -86,6 +91,7 @@ def export_call(
     finish: Callable[[ir.Model], None] = lambda model: None,
     adapters: Sequence[str] = (),
     prefix: str = "",
+    inline: bool = False,
 ) -> ExportReport:
     """`export_onnx` of one call; `finish` may rename inputs and outputs and add metadata.
 
@@ -104,6 +110,8 @@ def export_call(
         renamed = dict(zip(before, (value.name for value in model.graph.outputs), strict=True))
         rows = [replace(row, output=renamed.get(row.output) or row.output) for row in rows]
         add_slots(model, rows, adapters, prefix)
+        if inline:
+            in_place(model)
         try:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
                 draft, data = _write(model, Path(room), target.name)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 os.environ.setdefault("SPARSEFX_TUNE", "off")  # which kernel runs must not depend on a stopwatch
-os.environ["TRITON_INTERPRET"] = "1"  # no GPU is needed; what compiles runs in its own process
+os.environ.setdefault("TRITON_INTERPRET", "1")  # what compiles runs in a process of its own
 
 if find_spec("torchvision"):  # a torchvision of another build breaks `import transformers`
     from sparsefx.models.torchvision import usable_torchvision

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -113,3 +114,21 @@ def test_the_gate_runs_the_file_with_and_without_the_engine(tmp_path: Path) -> N
     report = sparsefx.export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 64))
     runtimes = {d.runtime for d in report.differences}
     assert runtimes == {f"onnxruntime, optimisation {how}" for how in ("off", "full", ENGINE)}
+
+
+@pytest.mark.parametrize("spec", ["int4g32+a8", "bitmap@50%+int3g32+r4"])
+def test_inlined_files_hold_plain_operators_only(tmp_path: Path, spec: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64))
+    packed = sparsefx.sparsify(model, spec)
+    files = [tmp_path / name for name in ("calls.onnx", "plain.onnx")]
+    x = torch.randn(3, 64)
+    for file in files:
+        sparsefx.export_onnx(packed, file, x, inline=file.name == "plain.onnx")
+    calls, plain = (onnx.load(file) for file in files)
+    assert {n.domain for n in calls.graph.node} == {"", "sparsefx"}
+    assert {n.domain for n in plain.graph.node} == {"", "com.microsoft"}
+    assert not plain.functions
+    assert "sparsefx" not in {entry.domain for entry in plain.opset_import}
+    feeds = {calls.graph.input[0].name: x.numpy()}
+    y, z = (onnxruntime.InferenceSession(str(f)).run(None, feeds)[0] for f in files)
+    np.testing.assert_array_equal(y, z)

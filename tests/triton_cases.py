@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
-from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton_interpreter import kernels
+from triton_interpreter import interpreted
 
+from sparsefx.codegen.triton import ORDERS
 from sparsefx.codegen.triton_launch import Config, Product
-from sparsefx.codegen.triton_pack import Columns, Masked, columns, masked
+from sparsefx.codegen.triton_pack import Columns, Masked
 from sparsefx.ir.codecs import Grid, Int
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.op import quantize_rows
@@ -38,51 +35,8 @@ VECTOR = Config(1, 16, True)
 WIDE = Config(64, 32)
 CONFIGS = [
     ROW, Config(16, 32, tasks=7), Config(32, 16), WIDE, VECTOR,
-    Config(2, 8, True), Config(4, 1, True), Config(1, 4, True, tasks=11),
+    Config(1, 64, True), Config(1, 8, True, tasks=11),
 ]  # fmt: skip
-
-
-def _round_bfloat16(interpreter: Any, tl: Any) -> None:
-    """Triton 3.7's interpreter cuts float32 off to bfloat16, where GPUs round half to even."""
-    builder = interpreter.InterpreterBuilder
-    cast = builder.cast_impl
-
-    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
-        kinds = src.dtype.scalar, dst_type.scalar
-        if kinds == (tl.bfloat16, tl.float32):
-            data = (src.data.astype(np.uint32) << 16).view(np.float32)
-        elif kinds == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
-            data = rounded.view(torch.uint16).numpy()
-        else:
-            return cast(self, src, dst_type)
-        return interpreter.TensorHandle(data, kinds[1])
-
-    builder.cast_impl = cast_impl
-
-
-@cache
-def interpreted() -> ModuleType:
-    """The kernels, interpreted without what costs most: patching again, int32 overflow checks.
-
-    Checks, which only report in debug mode anyway, would triple the number of operations.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    module, patched = kernels(), set[int]()
-    _round_bfloat16(interpreter, tl)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self.fn.__globals__) not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(id(self.fn.__globals__))
-        return self.rewrite()(*args, **kwargs)
-
-    options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    interpreter.interpreter_builder.options = options
-    interpreter.InterpretedFunction.__call__ = call
-    return module
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -90,8 +44,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def order(packed: Packed, family: str) -> Columns | Masked:
-    """`packed` as the kernel of `family`, "columns" or "masked", reads it."""
-    return masked(packed) if family == "masked" else columns(packed, packed.format.a8)
+    """`packed` as the kernel of `family`, one of `ORDERS`, reads it."""
+    return ORDERS[family](packed)
 
 
 @dataclass(frozen=True)
