@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from benchmarks import machine
 from benchmarks.ort_cases import CASES, Call, Case
-from benchmarks.ort_peers import PEERS, stock, with_library
+from benchmarks.ort_peers import PEERS, Setup, stock, with_library
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -48,7 +48,7 @@ def engines(case: Case, folder: Path, threads: int) -> dict[str, Callable[[], Ma
     case.export(case.make(), dense)
     out: dict[str, Callable[[], Made]] = {}
     for name, peer in PEERS.items():
-        out[name] = partial(peer, dense, folder, threads)
+        out[name] = partial(peer, Setup(case, dense, folder, threads))
 
     def run(spec: str, how: Callable[[Path, int], Made]) -> Made:
         return how(ours(case, spec, folder), threads)
@@ -174,7 +174,11 @@ def main() -> None:
     console.print(f"{about['cpu']}; {args.threads} thread(s); medians of {args.rounds} rounds")
     if not args.only:
         path = RESULTS / f"ort-{machine.slug()}.json"
-        result = {"machine": about, "rounds": args.rounds, "rows": rows}
+        # A run of some cases leaves the others' rows as they were.
+        before = json.loads(path.read_text())["rows"] if path.exists() else []
+        again = {(row["case"], row["threads"]) for row in rows}
+        kept = [row for row in before if (row["case"], row["threads"]) not in again]
+        result = {"machine": about, "rounds": args.rounds, "rows": kept + rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written to {path.relative_to(RESULTS.parent.parent)}")
 

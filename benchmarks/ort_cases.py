@@ -61,7 +61,7 @@ def mlp(width: int = 4096, depth: int = 4) -> Case:
         "mlp", lambda: copy.deepcopy(model), export,
         {f"M={m}": {"input": x[:, :m].numpy()} for m in (1, 128)}, error, "relative error",
         ("int4g128", "int4g128+a8", "bitmap@50%+int4g128+a8", "tile16x1@50%+int4g128+a8",
-         "int8+a8"),
+         "tile2048x16@75%+int4g128+a8", "int8+a8"),
         x[:, :2], {},
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ def smollm2(past: int = 128) -> Case:
     return Case(
         "smollm2", lambda: untie(copy.deepcopy(bundle.model), torch.float32), export,
         {"decode": feed(1, past), "prefill 128": feed(128, 0)}, quality, "perplexity",
-        ("int4g128", "int4g128+a8", "bitmap@50%+int4g128", "bitmap@50%+int4g128+a8"),
+        ("int4g128+a8", "bitmap@50%+int4g128+a8"),
         bundle.example_inputs, {"lm_head": "int8+a8"},
     )  # fmt: skip
 

@@ -6,17 +6,29 @@ A peer is one function and one line of `PEERS`: it makes a file from the dense o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ort_cases import Call
+from benchmarks.ort_cases import Call, Case, Feed
 
 import sparsefx
 
-Peer = Callable[[Path, Path, int], tuple[Call, int]]
-"""(dense file, folder for its own, threads) to (call, bytes of the file it runs)."""
+
+@dataclass(frozen=True)
+class Setup:
+    """What a peer starts from: a model's dense file, a folder for its own, and threads."""
+
+    case: Case
+    dense: Path
+    folder: Path
+    threads: int
+
+
+Peer = Callable[[Setup], tuple[Call, int]]
+"""To a call and the bytes of the file that it runs."""
 
 
 def size_of(path: Path) -> int:
@@ -48,54 +60,67 @@ def with_library(path: Path, threads: int) -> tuple[Call, int]:
     return partial(session.run, None), size_of(path)
 
 
-def fp32(dense: Path, folder: Path, threads: int) -> tuple[Call, int]:
-    return stock(dense, threads)
+def fp32(setup: Setup) -> tuple[Call, int]:
+    return stock(setup.dense, setup.threads)
 
 
-def dynamic_int8(dense: Path, folder: Path, threads: int) -> tuple[Call, int]:
+def dynamic_int8(setup: Setup) -> tuple[Call, int]:
     from onnxruntime.quantization import quantize_dynamic
 
-    path = folder / "dynamic-int8.onnx"
-    if not path.exists():
-        quantize_dynamic(str(dense), str(path), per_channel=True)
-    return stock(path, threads)
+    path = setup.folder / "dynamic-int8.onnx"
+    quantize_dynamic(str(setup.dense), str(path), per_channel=True)
+    return stock(path, setup.threads)
 
 
-def nbits(
-    dense: Path, folder: Path, threads: int, *, block: int, hqq: bool = False
-) -> tuple[Call, int]:
-    """ONNX Runtime's own 4-bit quantiser, int8 activations; round to nearest or HQQ."""
+def nbits(setup: Setup, *, block: int, how: str = "round") -> tuple[Call, int]:
+    """ONNX Runtime's own 4-bit quantiser, int8 activations: "round" to nearest, "hqq" or "gptq"."""
     from onnxruntime.quantization import matmul_nbits_quantizer as nb
 
-    path = folder / f"nbits-{block}{'-hqq' * hqq}.onnx"
-    if not path.exists():
-        how = {"block_size": block, "bits": 4}
-        config = (
-            nb.HQQWeightOnlyQuantConfig(**how)
-            if hqq
-            else nb.DefaultWeightOnlyQuantConfig(**how, is_symmetric=True, accuracy_level=4)
+    path = setup.folder / f"nbits-{block}-{how}.onnx"
+    size: dict[str, Any] = {"block_size": block}
+    if how == "hqq":
+        config: Any = nb.HQQWeightOnlyQuantConfig(bits=4, **size)
+    elif how == "gptq" and setup.case.name == "smollm2":
+        raise TimeoutError("this quantiser runs in NumPy: over ten minutes for the head alone")
+    elif how == "gptq":
+        feeds = iter(setup.case.feeds.values())
+        config = nb.GPTQWeightOnlyQuantConfig(calibration_data_reader=_reader(feeds), **size)
+    else:
+        config = nb.DefaultWeightOnlyQuantConfig(
+            bits=4, is_symmetric=True, accuracy_level=4, **size
         )
-        maker = nb.MatMulNBitsQuantizer(str(dense), accuracy_level=4, algo_config=config, **how)
-        maker.process()
-        maker.model.save_model_to_file(str(path))
-    return stock(path, threads)
+    maker = nb.MatMulNBitsQuantizer(
+        str(setup.dense), accuracy_level=4, algo_config=config, bits=4, **size
+    )
+    maker.process()
+    maker.model.save_model_to_file(str(path))
+    return stock(path, setup.threads)
 
 
-def openvino_int4(dense: Path, folder: Path, threads: int) -> tuple[Call, int]:
+def _reader(feeds: Iterator[Feed]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> Feed | None:
+            return next(feeds, None)
+
+    return Reader()
+
+
+def openvino_int4(setup: Setup) -> tuple[Call, int]:
     """OpenVINO with weights compressed to 4 bits in groups of 64 by NNCF."""
     import nncf
     import openvino as ov
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
 
-    path = folder / "openvino.xml"
-    if not path.exists():
-        mode = nncf.CompressWeightsMode.INT4_SYM
-        model = nncf.compress_weights(
-            ov.convert_model(str(dense)), mode=mode, group_size=64, ratio=1.0, all_layers=True
-        )
-        ov.save_model(model, str(path))
-    compiled = ov.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
+    path = setup.folder / "openvino.xml"
+    mode = nncf.CompressWeightsMode.INT4_SYM
+    model = nncf.compress_weights(
+        ov.convert_model(str(setup.dense)), mode=mode, group_size=64, ratio=1.0, all_layers=True
+    )
+    ov.save_model(model, str(path))
+    compiled = ov.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": setup.threads})
 
     def call(feed: Any) -> list[Any]:
         return list(compiled(feed).values())
@@ -103,11 +128,24 @@ def openvino_int4(dense: Path, folder: Path, threads: int) -> tuple[Call, int]:
     return call, size_of(path) + size_of(path.with_suffix(".bin"))
 
 
+def llama_cpp(setup: Setup) -> tuple[Call, int]:
+    """llama.cpp over the 4-bit file that SmolLM2's weights come from."""
+    if setup.case.name != "smollm2":
+        raise ValueError("llama.cpp runs language models only")
+    from benchmarks.e2e.base import Settings
+    from benchmarks.e2e.llama import LlamaCpp
+
+    session = LlamaCpp(Settings("llama.cpp", setup.threads))
+    return session.run, session.bytes
+
+
 PEERS: Mapping[str, Peer] = {
     "ORT fp32": fp32,
     "ORT dynamic int8": dynamic_int8,
     "ORT 4 bit block 32": partial(nbits, block=32),
     "ORT 4 bit block 128": partial(nbits, block=128),
-    "ORT 4 bit block 128 HQQ": partial(nbits, block=128, hqq=True),
+    "ORT 4 bit block 128 HQQ": partial(nbits, block=128, how="hqq"),
+    "ORT 4 bit block 128 GPTQ": partial(nbits, block=128, how="gptq"),
     "OpenVINO 4 bit": openvino_int4,
+    "llama.cpp Q4_1": llama_cpp,
 }

@@ -104,14 +104,16 @@ def configuration(product: Product, packed: Packed, m: int, dtype: torch.dtype) 
     work = triton_tune.Work(
         product.weight, triton_tune.bucket(m), packed.format.a8, _processors(str(device))
     )
-    found = product.configs.get((work.bucket, dtype), False)
-    if found is False:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = (work.bucket, dtype)
+    if key not in product.configs:
         measure = _measure(product, packed, work.bucket, dtype)
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         found = triton_tune.choose(work, measure, f"{_name(str(device))} {dtype}", capturing)
-        if not capturing:
-            product.configs[work.bucket, dtype] = found
-    return found  # type: ignore[return-value]
+        if capturing:
+            return found or triton_tune.default(work)
+        product.configs[key] = found
+    # Unpacking waits for the device, which a CUDA graph cannot record.
+    return product.configs[key] or (triton_tune.default(work) if capturing else None)
 
 
 def _measure(product: Product, packed: Packed, m: int, dtype: torch.dtype) -> triton_tune.Measure:

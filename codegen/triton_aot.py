@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,54 @@ class Compiled:
     def per_weight(self, weights: int) -> dict[str, float]:
         """Instructions per weight of each kind and of "all".
 
-        `weights` is what a block decodes in one pass of the loop. Raises SpecError without a loop.
+        `weights` is what a block multiplies in one pass of the loop. Raises SpecError without one.
         """
         if self.loop is None:
             raise SpecError(f"a kernel without a loop for {self.target}: count its code whole")
         counts = {"all": self.loop.instructions, **self.loop.kinds}
         return {kind: count * self.threads / weights for kind, count in counts.items()}
+
+    def weights(self, block_m: int, block_n: int) -> int | None:
+        """Weights that a block of `block_m` × `block_n` results multiplies in one pass of the loop.
+
+        From its tensor-core instructions: compilers unroll loops. None where there are none. Warps
+        share the results; more warps than tiles of results do the same work again.
+        """
+        warps = self.threads // TARGETS[self.target].warp_size
+        columns = Fraction(0)
+        for opcode, count in (self.loop.opcodes if self.loop else {}).items():
+            if (shape := tile(opcode, block_m, block_n)) is None:
+                continue
+            (m, n, k), together = shape
+            tiles = -(-block_m // m) * -(-block_n // n)
+            columns += Fraction(count * k, max(1, -(-tiles // max(1, warps // together))))
+        return int(columns * block_n) or None
+
+
+SASS_TILES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "16864": (16, 8, 64)}
+"""Shapes m × n × k as SASS writes them."""
+TILES = (
+    (r"[HIQ]MMA\.(?:SP\.)?(\d+)\..*", 1),
+    (r"[HIQ]GMMA\.(\d+)x(\d+)x(\d+)\..*", 4),
+    (r"v_mfma_[a-z]+\d+_(\d+)x(\d+)x(\d+)_?\w*", 1),
+)
+"""Opcodes with their shape, and the warps that issue one together."""
+
+
+def tile(opcode: str, block_m: int, block_n: int) -> tuple[tuple[int, int, int], int] | None:
+    """(m, n, k) that a tensor-core instruction multiplies, and the warps that issue it together.
+
+    None for any other opcode. Those of the tcgen05 family name no shape: one multiplies up to 128
+    rows of the block by 32 bytes of columns (PTX ISA, "Matrix Shape" of tcgen05.mma).
+    """
+    if re.match(r"UTC[HIQ]MMA", opcode):
+        return (min(block_m, 128), block_n, 16 if opcode.startswith("UTCH") else 32), 1 << 30
+    for pattern, together in TILES:
+        if found := re.fullmatch(pattern, opcode):
+            numbers = tuple(map(int, found.groups()))
+            m, n, k = SASS_TILES[found[1]] if len(numbers) == 1 else numbers
+            return (m, n, k), together
+    return None
 
 
 TYPES = {

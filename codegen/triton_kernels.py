@@ -25,7 +25,7 @@ from sparsefx.codegen.triton_parts import (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "groups"])
 def columns_kernel(
     x, y, M, N, K,
     plane0, plane1, plane2, scales, zeros, columns, tasks,
@@ -117,7 +117,7 @@ def columns_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "groups"])
 def vector_kernel(
     x, y, M, N, K,
     plane0, plane1, plane2, scales, zeros, columns, order, tasks,
@@ -207,7 +207,7 @@ def vector_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "groups", "mask_rows", "words", "steps"])
 def mask_kernel(
     x, y, M, N, K,
     plane0, plane1, plane2, scales, zeros, mask, begins, starts, tasks,

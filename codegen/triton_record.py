@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsefx.codegen.triton import ORDERS
+from sparsefx.codegen.triton_aot import Compiled, compile_for, signature_of
 from sparsefx.codegen.triton_launch import Config, Product
 from sparsefx.codegen.triton_pack import Columns, Masked
 from sparsefx.codegen.triton_tune import Work, default
@@ -24,6 +25,23 @@ class Launch:
     config: Config
     kernel: Any
     arguments: dict[str, Any]
+
+    def compile_for(self, target: str) -> Compiled:
+        """The kernel on a target of `triton_aot.TARGETS`, with the same errors."""
+        signature, constants = signature_of(self.kernel, self.arguments)
+        warps, stages = self.config.warps, self.config.stages
+        return compile_for(self.kernel, signature, constants, target, warps, stages)
+
+    def per_weight(self, made: Compiled) -> dict[str, float]:
+        """`made.per_weight` of the loop with the products.
+
+        Without tensor cores, of a pass as the kernel's source has it. Large blocks load words in a
+        loop around that one, which is left out.
+        """
+        weight, config = self.weight, self.config
+        columns = weight.parts * weight.slice if isinstance(weight, Columns) else 32 * weight.cell
+        found = made.weights(config.block_m, config.block_n)
+        return made.per_weight(found or columns * config.block_n)
 
 
 class _Recorder(ModuleType):
