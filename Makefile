@@ -15,11 +15,13 @@ help:
 	@echo 'make test-sanitize  the CPU engine under the address, undefined and thread sanitizers'
 	@echo 'make test-old-ort  exported files in the oldest versions of ONNX Runtime that run them'
 	@echo 'make test-mutations  breaks the CPU engine on purpose: the tests must notice every fault'
+	@echo 'make test-mutations-triton  the same of the Triton kernels, without a GPU'
 	@echo 'make bench-cpu  time every kind of weight against other engines (5 minutes; ARGS=--full)'
 	@echo 'make bench-e2e  time whole models against other engines (an hour; ARGS=--help)'
 	@echo 'make bench-ort  time exported files in ONNX Runtime against its own quantisers (20 minutes)'
 	@echo 'make bench-gpu  time every kind of weight on this GPU against other kernels (9 minutes)'
 	@echo 'make test-gpu   the tests that need a GPU'
+	@echo 'make roofline   the least time of every kind of weight on GPUs, from compiled code'
 	@echo 'make lint       style, formatting and types'
 	@echo 'make wheel      build the wheel and source package into dist/'
 	@echo 'make clean      delete what these targets made'
@@ -47,6 +49,9 @@ bench-e2e: .venv/e2e.stamp
 bench-ort: .venv/ort.stamp
 	@$(BIN)/python -m benchmarks.ort $(ARGS)
 
+roofline: .venv/dev.stamp
+	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.gpu_roofline
+
 test-neon:
 	@command -v $(CROSS) >/dev/null && command -v $(EMULATOR) >/dev/null || { \
 	  echo 'This needs a compiler for ARM and an emulator, on Debian and Ubuntu from'; \
@@ -63,6 +68,9 @@ test-sanitize:
 
 test-mutations: .venv/dev.stamp
 	@CXX='$(CXX)' CROSS='$(CROSS)' EMULATOR='$(EMULATOR)' $(BIN)/python tests/mutate_native.py $(ARGS)
+
+test-mutations-triton: .venv/dev.stamp
+	@PYTHONPATH=src:tests $(BIN)/python tests/mutate_triton.py $(ARGS)
 
 # One too old, the oldest that runs files with our kernels, the oldest that runs them without.
 OLD_ORT = 1.16.3 1.21.1 1.27.0
@@ -154,5 +162,6 @@ build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
 	  echo 'Some engines do not install here; the benchmark names them and goes on.'
 	@touch $@
 
-.PHONY: help demo test test-slow check-zoo test-neon test-sanitize test-mutations test-old-ort \
+.PHONY: help demo test test-slow check-zoo test-neon test-sanitize test-mutations \
+        test-mutations-triton test-old-ort roofline \
         bench-cpu bench-e2e bench-ort bench-gpu test-gpu lint wheel clean

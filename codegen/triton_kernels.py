@@ -246,7 +246,8 @@ def mask_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for word in range(first * WORDS, tl.minimum(last * WORDS, words)):
         bits32 = tl.load(mask_at + word, mask=n_ok, other=0)
-        for part in tl.static_range(CELL):
+        # Not unrolled: with cells of 16 columns and more compilers took minutes over the code.
+        for part in tl.range(0, CELL, loop_unroll_factor=1):
             start = (word * CELL + part) * 32
             bits = bits32
             if CELL > 1:

@@ -59,8 +59,9 @@ def default(work: Work) -> Config:
     if m <= 64:
         return Config(max(16, m), min(64, most), False, 2 * work.processors, 4)
     wide = 64 if work.a8 or isinstance(weight, Masked) else 128
-    # With int8, half the warps decode each weight half as often and, on sm_100, spill nothing.
-    return Config(128, min(wide, most), False, 0, 4 if work.a8 else 8)
+    # Sums of int8 and of floats at once, as scale groups need, fit the registers of 4 warps only.
+    grouped = work.a8 and weight.scales is not None and weight.scales.shape[1] > 1
+    return Config(128, min(wide, most), False, 0, 4 if grouped else 8)
 
 
 def candidates(work: Work) -> list[Config]:

@@ -7,6 +7,7 @@ the source.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -31,7 +32,9 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, FOLDER = Path("src/sparsefx"), Path("codegen")
-TESTS = ["tests/test_triton.py", "tests/test_triton_pack.py"]
+RESULTS = ROOT / "benchmarks" / "results" / "mutations_triton.json"
+TESTS = ["tests/test_triton_pack.py", "tests/test_triton.py"]
+"""In this order, until one fails: the faster first."""
 SKIPPED = ["tests/test_triton.py::test_any_product"]
 """Samples: what only they notice deserves a test."""
 TIMEOUT = 600
@@ -60,65 +63,89 @@ class Outcome:
 
 ROWS = "    ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)\n"
 # fmt: off
-KERNELS = [
+PARTS = [
     ("codes | 0x6400", "codes | 0x6401", "even codes one off in float16"),
     ("(zeros + (128 + OFFSET))", "(zeros + (127 + OFFSET))", "bfloat16 codes one off"),
     ("(zeros + (8388608 + OFFSET)).to(tl.float32)", "(8388608.0 + OFFSET)",
-     "zero point skipped where products are vectors"),
+     "zero point of codes in planes skipped where products are vectors"),
+    ("((zeros + OFFSET) << low)", "(OFFSET << low)", "zero point of codes in place skipped"),
+    ("low: tl.constexpr = part * WIDTH % 16", "low: tl.constexpr = part * WIDTH % 8",
+     "codes in place taken from the wrong byte"),
     ("return (codes - (zeros + OFFSET)).to(tl.int8)", "return (codes - OFFSET).to(tl.int8)",
      "zero point skipped with int8 activations"),
     (">> (part * WIDTH)) & ((1 << WIDTH) - 1)", ">> (part * WIDTH)) & ((2 << WIDTH) - 1)",
      "a field takes its neighbour's lowest bit along"),
-    ("codes |= field(words1, WIDTH1, part) << WIDTH0", "codes |= field(words1, WIDTH1, part)",
-     "high bits of a 3-bit code not shifted"),
-    ("codes |= field(words2, WIDTH2, part) << (WIDTH0 + WIDTH1)",
-     "codes |= field(words2, WIDTH2, part) << WIDTH0",
-     "third plane of a 7-bit code shifted too little"),
     ("m_ok, n_ok = ms < M, ns < N", "m_ok, n_ok = ms < M, ns <= N",
      "a row writes into the next one"),
-    (f"n_ok = (rows < R) & (ns < N)\n{ROWS}    m_ok", f"n_ok = ns < N\n{ROWS}    m_ok",
-     "rows behind a strip's last taken for its own"),
-    ("cols = tl.where(start < 0, K, start + s)", "cols = tl.where(start < 0, 0, start) + s",
-     "padding slices read the first columns"),
-    ("cols = tl.where(cols < 0, K, cols)", "cols = tl.maximum(cols, 0)",
-     "padding columns read the first one"),
-    ("start = tl.max(cols, axis=0)", "start = tl.min(cols, axis=0)",
-     "group of a slice by its padding"),
-    ("group_of(block * (PARTS * SLICE), GROUP)",
-     "group_of((block - first) * (PARTS * SLICE), GROUP)",
-     "scale groups counted from a task's first block"),
-    ("group_of(tl.maximum(start, 0), GROUP)", "group_of(tl.maximum(start, 0), GROUP * 2)",
-     "two groups share a scale"),
-    ("at = (first.to(tl.int64) * SLICE + s[:, None]) * R", "at = s[:, None].to(tl.int64) * R",
-     "every task reads the first blocks"),
-    ("at += tl.full((), SLICE, tl.int64) * R", "at += SLICE * R", "32-bit step between blocks"),
-    ("ms[:, None].to(tl.int64) * K\n    s = ", "ms[:, None] * K\n    s = ",
-     "32-bit rows of x"),
-    ("part_sum = product(xs, w, tl.zeros_like(total))",
-     "total = product(xs, w, total)\n                part_sum = total",
-     "sums of earlier slices scaled again"),
+    ("low + ms[:, None].to(tl.int64) * rank", "low + ms[:, None] * rank", "32-bit rows of low"),
     ("(words >> 1) & 0x55555555)", "(words >> 1) & 0x55555554)", "popcount loses a pair of bits"),
     (">> 24) & 0xFF", ">> 23) & 0xFF", "popcount twice too large"),
-    ("below = (1 << (j // CELL)) - 1", "below = (2 << (j // CELL)) - 1", "a column counts itself"),
-    ("* CELL + (j % CELL)[:, None]", "* CELL", "all columns of a cell read its first code"),
-    ("position += tl.load(starts + ns.to(tl.int64) * steps + first, mask=n_ok, other=0)", "",
-     "every task reads a row's first codes"),
-    ("mask + (ns // mask_rows).to(tl.int64) * words", "mask + ns.to(tl.int64) * words",
-     "rows of a tile have masks of their own"),
-    ("codes = tl.where(ok, codes, zero[None, :] + OFFSET)", "codes = tl.where(ok, codes, OFFSET)",
-     "what is not stored is minus the zero point"),
-    ("* groups + group_of(start, GROUP)", "* groups",
-     "the first scale of a row for all"),
-    ("place = (first.to(tl.int64) * M + ms[:, None])", "place = (first.to(tl.int64) + ms[:, None])",
-     "parts of other tasks are added up"),
-    ("for _ in range(first, last):", "for _ in range(first, last - 1):",
-     "the last part of a split sum is lost"),
     ("mask=n_ok[None, :] & r_ok[:, None]", "mask=n_ok[None, :] | r_ok[:, None]",
      "ranks behind the last are read"),
     ("for r in tl.static_range(0, RANK, 16):", "for r in tl.static_range(0, 16, 16):",
      "ranks from 16 on are left out"),
     ("x * 0.7071067811865476", "x * 0.7", "gelu with one digit"),
     ("0.044715", "0.04", "gelu_tanh with one digit"),
+]
+
+KERNELS = [
+    ("codes |= field(words1, WIDTH1, part) << WIDTH0", "codes |= field(words1, WIDTH1, part)",
+     "high bits of a 3-bit code not shifted"),
+    ("field(words0, WIDTH0, part) | (field(words1, WIDTH1, part) << WIDTH0)",
+     "field(words0, WIDTH0, part) | field(words1, WIDTH1, part)",
+     "high bits of a 3-bit code not shifted where products are vectors"),
+    ("(WIDTH0 + WIDTH1)\n                if not UNIFORM", "WIDTH0\n                if not UNIFORM",
+     "third plane of a 7-bit code shifted too little"),
+    (f"n_ok = (rows < R) & (ns < N)\n{ROWS}    m_ok", f"n_ok = ns < N\n{ROWS}    m_ok",
+     "rows behind a strip's last taken for its own"),
+    ("k_ok = (cols >= 0) & (cols < K)", "k_ok = cols < K", "padding reads in front of x"),
+    ("mask=(cols >= 0) & (cols < K), other=0).to(tl.float32)",
+     "mask=cols < K, other=0).to(tl.float32)", "padding of vectors reads in front of x"),
+    ("start = tl.max(cols, axis=0)", "start = tl.min(cols, axis=0)",
+     "group of a slice by its padding"),
+    ("start = tl.max(cols)\n", "start = tl.min(cols)\n",
+     "group of a slice by its padding where products are vectors"),
+    ("scale, zero = grid_at(scales, zeros, grid, n_ok)\n        total = tl.zeros(acc.shape",
+     "scale, zero = grid_at(scales, zeros, rows, n_ok)\n        total = tl.zeros(acc.shape",
+     "the first group's scale for all blocks"),
+    ("grid, n_ok & (start < K))\n                w = numbers",
+     "rows, n_ok & (start < K))\n                w = numbers", "the first group's scale for all"),
+    ("grid, n_ok & (start < K))\n                if WIDTH1",
+     "rows, n_ok & (start < K))\n                if WIDTH1",
+     "the first group's scale for all where products are vectors"),
+    ("at = (first.to(tl.int64) * R + rows[None, :]) * SLICE + s[:, None]",
+     "at = rows[None, :].to(tl.int64) * SLICE + s[:, None]", "every task reads the first lanes"),
+    ("(block * PARTS + part) * R + rows, mask", "part * R + rows, mask",
+     "lanes read their first starts"),
+    ("    if GATHER == 3:\n        ns = tl.load(order + ns, mask=n_ok, other=N)",
+     "    if GATHER == 4:\n        ns = tl.load(order + ns, mask=n_ok, other=N)",
+     "results of sorted rows in sorted order"),
+    ("xs *= 1.0 / (1 << (part * WIDTH0 % 16))", "xs *= 1.0 / (1 << (part * WIDTH0 % 8))",
+     "codes in place scaled by the wrong power"),
+    ("    x_rows = x + ms[:, None].to(tl.int64) * K\n    s = ",
+     "    x_rows = x + ms[:, None] * K\n    s = ", "32-bit rows of x"),
+    ("x_row = x + tl.program_id(1).to(tl.int64) * K", "x_row = x + tl.program_id(1) * K",
+     "32-bit rows of x where products are vectors"),
+    ("part_sum = product(xs, w, tl.zeros_like(total))",
+     "total = product(xs, w, total)\n                part_sum = total",
+     "sums of earlier slices scaled again"),
+    ("below = (1 << (j // CELL)) - 1", "below = (2 << (j // CELL)) - 1", "a column counts itself"),
+    ("* CELL + (j % CELL)[:, None]", "* CELL", "all columns of a cell read its first code"),
+    ("starts + ns.to(tl.int64) * steps + first", "starts + ns.to(tl.int64) * steps",
+     "every task reads a row's first codes"),
+    ("mask + (ns // mask_rows).to(tl.int64) * words", "mask + ns.to(tl.int64) * words",
+     "rows of a tile have masks of their own"),
+    ("codes = tl.where(ok, codes, zero[None, :] + OFFSET)", "codes = tl.where(ok, codes, OFFSET)",
+     "what is not stored is minus the zero point"),
+    ("* groups + group_of(start, GROUP)", "* groups", "the first scale of a row for all"),
+    ("place = (first.to(tl.int64) * M + ms[:, None])", "place = (first.to(tl.int64) + ms[:, None])",
+     "parts of other tasks are added up"),
+    ("place += tl.full((), BLOCK_N, tl.int64) * M", "place += M * BLOCK_N",
+     "32-bit step between parts"),
+    ("    if order is not None:\n", "    if rank < 0:\n",
+     "split sums of sorted rows in sorted order"),
+    ("for _ in range(first, last):", "for _ in range(first, last - 1):",
+     "the last part of a split sum is lost"),
     ("(share + 12582912.0) - 12582912.0", "tl.floor(share + 0.5)",
      "activations not rounded half to even"),
     ("tl.where(reach == 0, 1.0,", "tl.where(reach < 0, 1.0,", "rows of zeros have no scale"),
@@ -132,6 +159,19 @@ PACK = [
     ("room = -(-total // 32) * 32", "room = total", "rows begin within a word"),
     ("starts = per_step.cumsum(1) - per_step", "starts = per_step.cumsum(1)",
      "steps begin where they end"),
+    ("room = -(-counts // size) * size", "room = counts", "groups share slices"),
+]
+
+LANES = [
+    ("order = counts.argsort(descending=True, stable=True)", "order = torch.arange(n) - 0 * counts",
+     "rows are not sorted"),
+    ("F.pad(order, (0, -n % ROWS), value=n)", "F.pad(order, (0, -n % ROWS), value=0)",
+     "rows that fill the last strip up write the first row"),
+    ("NONE = -SLICE", "NONE = 0", "padding lanes read the first columns"),
+    ("blocks = -(-per_strip // parts)", "blocks = per_strip // parts",
+     "lanes lose their last block"),
+    ("kind = torch.int16 if k < 2**15", "kind = torch.int8 if k < 2**15",
+     "starts of lanes do not fit"),
 ]
 
 LAUNCH = [
@@ -143,14 +183,13 @@ LAUNCH = [
     ("done += len(part)", "done += 1", "split sums begin at another block's tasks"),
     ("not w.gather and group % (w.parts * w.slice) == 0", "not w.gather",
      "one scale for a block of several groups"),
-    ("PRESCALE=config.block_m >= 64 and x.dtype != torch.int8", "PRESCALE=config.block_m >= 64",
+    ("prescale = config.block_m >= 64 and x.dtype != torch.int8", "prescale = config.block_m >= 64",
      "int8 weights times their scales"),
 ]
 # fmt: on
+FAULTS = {"parts": PARTS, "kernels": KERNELS, "pack": PACK, "lanes": LANES, "launch": LAUNCH}
 MUTATIONS = [
-    Mutation(f"triton_{name}.py", *fault)
-    for name, faults in (("kernels", KERNELS), ("pack", PACK), ("launch", LAUNCH))
-    for fault in faults
+    Mutation(f"triton_{name}.py", *fault) for name, faults in FAULTS.items() for fault in faults
 ]
 
 
@@ -244,6 +283,10 @@ def main() -> int:
         table.add_row(o.file, o.fault, o.verdict, o.caught_by, str(o.seconds))
     console.print(table)
     caught = sum(o.verdict == CAUGHT for o in outcomes)
+    if not options.only:
+        rows = sorted((asdict(o) for o in outcomes), key=lambda row: (row["file"], row["fault"]))
+        found = {"faults": len(rows), "caught": caught, "rows": rows}
+        RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     console.print(f"{caught} of {len(outcomes)} faults caught")
     return int(caught < len(outcomes))
 

@@ -48,7 +48,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="torch finds no GPU here")
 def compiling() -> None:
     """Compiled kernels on a GPU, interpreted ones without."""
     if not GPU:
-        from triton_cases import interpreted
+        from triton_interpreter import interpreted
 
         interpreted()
     elif os.environ.get("TRITON_INTERPRET") == "1":

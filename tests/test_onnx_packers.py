@@ -56,9 +56,9 @@ def test_bodies_decode_to_what_onnx_runtime_packs(bits: int, symmetric: bool) ->
     model, row = single(packed)
     assert row.op == "MatMulNBits"
     values = inlined(ir.from_proto(ir.to_proto(model)))
-    node = next(v.producer() for v in values.values() if v.producer() is not None
-                and v.producer().op_type == "MatMulNBits")  # fmt: skip
-    found = [_evaluate(value) for value in node.inputs[1:]]
+    nodes = [v.producer() for v in values.values()]
+    node = next(n for n in nodes if n is not None and n.op_type == "MatMulNBits")
+    found = [_evaluate(value) for value in node.inputs[1:] if value is not None]
     np.testing.assert_array_equal(found[0].reshape(want.shape), want)
     np.testing.assert_array_equal(found[1].reshape(want_scales.shape), want_scales)
     if not symmetric:

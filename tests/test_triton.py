@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle, product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,16 +30,16 @@ from triton_cases import (
     assert_close,
     assert_exact,
     integers,
-    interpreted,
     order,
     random_branch,
     reals,
     run,
     seeded,
 )
+from triton_interpreter import interpreted
 
 from sparsefx.codegen.triton import rejects
-from sparsefx.codegen.triton_launch import ACTIVATIONS, Config, Product, Tasks
+from sparsefx.codegen.triton_launch import ACTIVATIONS, Config, Product, Tasks, plan
 from sparsefx.codegen.triton_pack import Columns
 from sparsefx.ir.codecs import Grid
 from sparsefx.ir.format import Format
@@ -48,48 +49,49 @@ torch.set_num_threads(1)
 
 INTS = ["int2", "int3", "int4", "uint4", "int5", "uint6", "int7", "int8", "uint8"]
 LAYOUTS = [
-    "dense", "tile16x1@50%", "tile16x16@50%", "tile64x16@50%", "tile1x16@50%", "tile1x64@50%",
-    "tile4x4@50%", "tile32x3@50%", "tile3x48@50%",
+    "dense", "tile16x1@50%", "tile16x16@50%", "tile64x16@50%", "tile32x3@50%", "tile17x48@50%",
 ]  # fmt: skip
+LANES = ["tile1x16@50%", "tile4x16@50%", "tile2x32@50%", "tile8x48@50%"]
 MASKED = [
     "2:4", "1:4", "3:8", "5:16", "1:16", "bitmap@50%", "bitmap@95%", "tile4x4@50%", "tile1x3@50%",
     "tile16x1@50%", "tile2x8@50%", "tile1x16@50%", "tile3x64@50%",
 ]  # fmt: skip
-BOTH = [(layout, "columns") for layout in LAYOUTS] + [(layout, "masked") for layout in MASKED]
-FEW_ROWS = {
-    "tile1x16@50%": 3,
-    "tile1x64@50%": 3,
-    "tile4x4@50%": 9,
-    "tile3x48@50%": 7,
-    "tile3x64@50%": 7,
-}
-"""Rows of a weight whose strips have few: an interpreted task takes as long for 1 as for 64."""
+FAMILIES = {"columns": LAYOUTS, "lanes": LANES, "masked": MASKED}
+PAIRS = [(layout, family) for family, layouts in FAMILIES.items() for layout in layouts]
 SIDES = [1, 15, 16, 17, 31, 33, 61, 127, 129]
 
 
 def usable(text: str, family: str, k: int) -> bool:
-    """Whether this kernel serves this format; which rows are too few is the table's affair."""
+    """Whether this kernel serves this format for some number of rows."""
     return rejects(family, Format.parse(text), k, 1, FP16) is None
 
 
-def fitting(config: Config, m: int, n: int) -> Config:
-    """`config`, or a like one where so many rows would take so many interpreted tasks."""
+def fitting(config: Config, family: str, m: int, n: int) -> Config:
+    """`config`, or a like one that the kernel takes or that saves interpreted tasks."""
+    least = max(config.block_n, min(16, 1 << n.bit_length()))
+    if family == "lanes":
+        return replace(config, block_m=1, block_n=min(least, 64), vector=True)
     if config.vector and m > 4:
         return replace(config, block_m=16, block_n=16, vector=False)
-    return replace(config, block_n=max(config.block_n, min(16, 1 << n.bit_length())))
+    return replace(config, block_n=least)
 
 
 # --- integers: equality --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["columns", "masked"])
+FIRST = {"columns": "tile16x1@50%", "lanes": "tile1x16@50%", "masked": "bitmap@50%"}
+
+
+@pytest.mark.parametrize("family", FIRST)
 @pytest.mark.parametrize("codec", [*INTS, "fp16", "bf16"])
 def test_every_codec(codec: str, family: str) -> None:
-    text = f"{'bitmap@50%' if family == 'masked' else 'tile16x1@50%'}+{codec}"
+    text = f"{FIRST[family]}+{codec}"
     grouped = text if codec in ("fp16", "bf16") else f"{text}g32"
-    assert_exact(integers(grouped, family, 3, 7, 97), ROW)
-    assert_exact(integers(grouped, family, 3, 7, 97, BF16), WIDE)
+    if family != "lanes":
+        assert_exact(integers(grouped, family, 3, 7, 97), ROW)
+        assert_exact(integers(grouped, family, 3, 7, 97, BF16), WIDE)
     assert_exact(integers(grouped, family, 1, 7, 97), VECTOR)
+    assert_exact(integers(grouped, family, 1, 7, 97, BF16), VECTOR)
     if usable(f"{text}+a8", family, 97):
         assert_exact(integers(f"{grouped}+a8", family, 3, 7, 97), ROW)
 
@@ -97,40 +99,42 @@ def test_every_codec(codec: str, family: str) -> None:
 @pytest.mark.parametrize("codec", INTS)
 def test_every_dense_codec(codec: str) -> None:
     assert_exact(integers(codec, "columns", 2, 17, 129), Config(16, 32))
-    assert_exact(integers(f"{codec}g16", "columns", 2, 17, 49, BF16), Config(2, 32, True))
+    assert_exact(integers(f"{codec}g16", "columns", 2, 17, 49, BF16), Config(1, 32, True))
     if usable(f"{codec}+a8", "columns", 33):
         assert_exact(integers(f"{codec}g32+a8", "columns", 2, 17, 65, BF16), WIDE)
 
 
-@pytest.mark.parametrize(("layout", "family"), BOTH)
+@pytest.mark.parametrize(("layout", "family"), PAIRS)
 def test_every_layout(layout: str, family: str) -> None:
-    n = FEW_ROWS.get(layout, 35)
-    for config, codec in ((Config(2, 32, True), "int5"), (WIDE, "uint3g64")):
-        assert_exact(integers(f"{layout}+{codec}", family, 2, n, 81), config)
+    for config, codec in ((Config(1, 32, True), "int5"), (WIDE, "uint3g64")):
+        fits = fitting(config, family, 2, 35)
+        assert_exact(integers(f"{layout}+{codec}", family, 2, 35, 81), fits)
     if usable(f"{layout}+int4+a8", family, 96):
-        assert_exact(integers(f"{layout}+int4g32+a8", family, 2, n, 81), Config(16, 32))
+        assert_exact(integers(f"{layout}+int4g32+a8", family, 2, 35, 81), Config(16, 32))
 
 
 @pytest.mark.parametrize("group", ["", "g16", "g32", "g64", "g128"])
 def test_every_group(group: str) -> None:
     """Also more columns than `PARTS · SLICE`, and groups that the last block cuts."""
     for text, family in (("uint4", "columns"), ("tile16x16@50%+int3", "columns"),
-                         ("tile1x16@50%+uint3", "columns"), ("2:4+uint5", "masked")):  # fmt: skip
-        n = 2 if "1x16" in text else 16
-        if usable(f"{text}{group}", family, 150):
-            config = Config(2, 2, True) if n == 2 else ROW
-            assert_exact(integers(f"{text}{group}", family, 2, n, 150), config)
-        if usable(f"{text}{group}+a8", family, 150) and n > 2:
-            assert_exact(integers(f"{text}{group}+a8", family, 2, n, 150), ROW)
+                         ("tile1x16@50%+uint3", "lanes"), ("2:4+uint5", "masked")):  # fmt: skip
+        for config in (ROW, VECTOR):
+            if usable(f"{text}{group}", family, 150):
+                fits = fitting(config, family, 2, 16)
+                assert_exact(integers(f"{text}{group}", family, 2, 16, 150), fits)
+        if usable(f"{text}{group}+a8", family, 150):
+            assert_exact(integers(f"{text}{group}+a8", family, 2, 16, 150), ROW)
 
 
 @pytest.mark.parametrize("m", [0, 1, 2, 4, 5, 15, 16, 17, 33])
 def test_rows_of_x(m: int) -> None:
     for text, family in (("int3g32", "columns"), ("bitmap@50%+uint4", "masked")):
-        for config in (Config(16, 8), Config(32, 16), VECTOR, Config(4, 8, True, tasks=3)):
+        for config in (Config(16, 8), Config(32, 16), VECTOR, Config(1, 8, True, tasks=3)):
             if m <= 5 or not config.vector:
                 assert_exact(integers(text, family, m, 5, 33), config)
         assert_exact(integers(f"{text}+a8", family, m, 5, 33), Config(16, 8))
+    if m <= 5:
+        assert_exact(integers("tile1x16@50%+int3g32", "lanes", m, 5, 33), VECTOR)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -138,8 +142,10 @@ def test_boundary_sides(side: int) -> None:
     for text, family in (("uint4g32", "columns"), ("tile16x1@50%+int3", "columns"),
                          ("tile2x16@50%+int4", "masked")):  # fmt: skip
         assert_exact(integers(text, family, 2, side, 17), Config(16, 64))
-        assert_exact(integers(text, family, 2, 5, side), Config(2, 8, True))
+        assert_exact(integers(text, family, 1, 5, side), Config(1, 8, True))
     assert_exact(integers("int4+a8", "columns", 2, 5, side), Config(16, 16))
+    for n, k in ((side, 17), (5, side)):
+        assert_exact(integers("tile1x16@50%+uint4g32", "lanes", 1, n, k), Config(1, 64, True))
 
 
 def test_a_weight_of_one_number() -> None:
@@ -149,11 +155,13 @@ def test_a_weight_of_one_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["tile16x16@50%+uint4g32", "tile16x1@50%+int3", "tile1x16@50%+int2"]
-)
-@pytest.mark.parametrize("family", ["columns", "masked"])
+    ("text", "family"),
+    [("tile16x16@50%+uint4g32", "columns"), ("tile16x1@50%+int3", "columns"),
+     ("tile1x16@50%+int2", "lanes"), ("tile4x16@50%+uint4g32", "lanes"),
+     ("tile16x16@50%+uint4g32", "masked"), ("tile1x16@50%+int2", "masked")],
+)  # fmt: skip
 def test_rows_that_store_nothing_or_all(text: str, family: str) -> None:
-    n, k = (3, 40) if "1x16" in text else (48, 40)
+    n, k = 48, 40
     case = integers(text, family, 2, n, k)
     fmt, weight = case.packed.format, case.packed.unpack()
     mask = torch.ones(n, k, dtype=torch.bool)
@@ -162,8 +170,9 @@ def test_rows_that_store_nothing_or_all(text: str, family: str) -> None:
     mask[n // 3 : 2 * n // 3] = some[: n // 3]
     grid = case.packed.read()[2]
     none, every = torch.zeros_like(mask), torch.ones_like(mask)
-    wide, split = Config(2, 64, True), Config(16, 16, tasks=6)
-    for chosen, config in ((mask, wide), (mask, split), (none, ROW), (every, ROW)):
+    wide, split = Config(1, 64, True), Config(16, 16, tasks=6)
+    for chosen, wanted in ((mask, wide), (mask, split), (none, ROW), (every, ROW)):
+        config = fitting(wanted, family, 2, n)
         whole = fmt.layout.mask(fmt.layout.index(chosen), n, k)
         assert_exact(replace(case, packed=fmt.pack(weight, whole, grid)), config)
 
@@ -180,7 +189,7 @@ def test_codes_and_zero_points_at_their_ends() -> None:
             packed = fmt.pack(weight, None, Grid(torch.full((2, 1), 0.25), zeros))
             assert torch.equal(packed.unpack(), weight)
             x = torch.eye(16)[:4].to(dtype)
-            for config in (ROW, Config(4, 2, True)):
+            for config in (ROW, Config(1, 2, True)):
                 assert_exact(Case(packed, "columns", x), config)
 
 
@@ -256,9 +265,9 @@ def check_any(
     """One product of reals; what no kernel serves is left out."""
     group = "" if codec[0] in "fb" else group
     text, family = f"{layout[0]}+{codec}{group}" + "+a8" * a8, layout[1]
-    n = min(n, FEW_ROWS.get(layout[0], n))
+    m = min(m, 4) if family == "lanes" else m
     case = reals(text, family, m, n, k, dtype, seed)
-    k = case.x.shape[1]
+    k, m = case.x.shape[1], len(case.x)
     if not usable(text, family, k):
         return
     rng = seeded(seed)
@@ -269,13 +278,13 @@ def check_any(
         torch.randn(m, n, generator=rng) if more & 2 else None,
         torch.randn(m, n, generator=rng) if more & 4 else None,
     )
-    assert_close(case, fitting(config, m, n), extras)
+    assert_close(case, fitting(config, family, m, n), extras)
 
 
 def any_product(count: int, sides: list[int]) -> Callable[[Callable[..., None]], Any]:
     """`count` products, the same ones in every run, of weights up to the last of `sides`."""
     products = given(
-        layout=st.sampled_from(BOTH), codec=st.sampled_from([*INTS, "fp16", "bf16", "fp32"]),
+        layout=st.sampled_from(PAIRS), codec=st.sampled_from([*INTS, "fp16", "bf16", "fp32"]),
         group=st.sampled_from(["", "g16", "g32", "g64", "g128"]),
         m=st.sampled_from([0, 1, 2, 4, 5, 15, 16, 17, 33]), n=st.sampled_from(sides),
         k=st.sampled_from([*sides, 150]), dtype=st.sampled_from([FP16, BF16]),
@@ -291,29 +300,33 @@ test_any_product = any_product(12, SIDES[:5])(check_any)
 test_many_products = pytest.mark.slow(any_product(100, SIDES)(check_any))
 
 
-PAIRS = [
+TRIPLES = [
     (*pair, config)
-    for pair, config in zip(product(BOTH, [*INTS, "fp16", "bf16"]), cycle(CONFIGS), strict=False)
+    for pair, config in zip(product(PAIRS, [*INTS, "fp16", "bf16"]), cycle(CONFIGS), strict=False)
 ]
 """Every layout with every codec, and the configurations in turn."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "codec", "config"), PAIRS, ids=str)
+@pytest.mark.parametrize(("layout", "codec", "config"), TRIPLES, ids=str)
 def test_every_pair(layout: tuple[str, str], codec: str, config: Config) -> None:
-    n, family = FEW_ROWS.get(layout[0], 19), layout[1]
+    family = layout[1]
     for more in ("",) if codec[0] in "fb" else ("", "g64", "g32+a8"):
         text = f"{layout[0]}+{codec}{more}"
         if usable(text, family, 144):
-            assert_exact(integers(text, family, 3, n, 130), fitting(config, 3, n))
+            assert_exact(integers(text, family, 3, 19, 130), fitting(config, family, 3, 19))
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("config", [ROW, Config(4, 8, True), Config(16, 16, tasks=9)], ids=str)
+@pytest.mark.parametrize("config", [ROW, Config(1, 8, True), Config(16, 16, tasks=9)], ids=str)
 def test_epilogue(activation: str, config: Config) -> None:
     rng = seeded(3)
-    for text, dtype in (("tile16x1@50%+int4g32", FP16), ("2:4+int8+a8", BF16)):
-        case = reals(text, "masked" if ":" in text else "columns", 3, 17, 40, dtype)
+    for text, family, dtype in (("tile16x1@50%+int4g32", "columns", FP16),
+                                ("2:4+int8+a8", "masked", BF16),
+                                ("tile2x16@50%+int3", "lanes", BF16)):  # fmt: skip
+        if family == "lanes" and not config.vector:
+            continue
+        case = reals(text, family, 3, 17, 40, dtype)
         bias, factor, rest = (torch.randn(s, generator=rng) * 3 for s in ((17,), (3, 17), (3, 17)))
         branch = random_branch(17, 40, 5) if dtype == BF16 else ()
         assert_close(case, config, Extras(bias, branch, activation, factor, rest))
@@ -348,13 +361,14 @@ def test_branch_of_integers_is_exact() -> None:
 
 @pytest.mark.parametrize(
     ("text", "family"),
-    [("int4g128", "columns"), ("tile16x1@80%+uint3g64", "columns"), ("bitmap@50%+int3", "masked")],
-)
+    [("int4g128", "columns"), ("tile16x1@80%+uint3g64", "columns"), ("bitmap@50%+int3", "masked"),
+     ("tile2x16@50%+uint3g32", "lanes")],
+)  # fmt: skip
 def test_split_sums(text: str, family: str) -> None:
     """Within the bound, the same bits at every run, exact where one task's sum is."""
     case = reals(text, family, 2, 17, 600)
     extras = Extras(torch.randn(17, generator=seeded(1)), random_branch(17, 600, 3), "gelu")
-    config = Config(16, 32, tasks=3)
+    config = fitting(Config(16, 32, tasks=3), family, 2, 17)
     weight, given = Product(order(case.packed, family), interpreted()), extras.to(FP16)
     first, second = (
         weight.linear(case.x, config, given.bias, given.branch, "gelu") for _ in range(2)
@@ -362,7 +376,7 @@ def test_split_sums(text: str, family: str) -> None:
     assert weight.plans[config].split
     assert torch.equal(first, second)
     assert_close(case, config, extras)
-    assert_exact(integers(text, family, 2, 17, 600), Config(2, 32, True, tasks=2))
+    assert_exact(integers(text, family, 2, 17, 600), Config(1, 32, True, tasks=2))
 
 
 # --- addresses beyond 2³¹ ------------------------------------------------------------------------
@@ -371,7 +385,7 @@ def test_split_sums(text: str, family: str) -> None:
 def sparse(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take memory only where they are written to."""
     size = torch.Size(shape).numel() * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     return torch.frombuffer(mmap.mmap(-1, size, flags), dtype=dtype).view(shape)
 
 
@@ -389,7 +403,7 @@ HUGE = (1 << 27) + 48
 
 
 @pytest.mark.usefixtures("in_place")
-@pytest.mark.parametrize("config", [Config(16, 16), Config(4, 16, True)], ids=str)
+@pytest.mark.parametrize("config", [Config(16, 16), Config(1, 16, True)], ids=str)
 def test_rows_of_x_beyond_2_31(config: Config) -> None:
     """A strip that stores the last columns of very long rows."""
     small = order(integers("tile16x1@50%+int4", "columns", 1, 16, 128).packed, "columns")
@@ -433,3 +447,39 @@ def test_results_and_weights_beyond_2_31(config: Config) -> None:
     )  # fmt: skip
     weight._multiply(case.x, y, 17, tasks, config, (None, None, None, None, 0, None, None), 0)
     assert torch.equal(y[:, -16:], Product(small, interpreted()).linear(case.x, Config(16, 16)))
+
+
+class LastRows:
+    """A kernel of which only the programs for the last block of rows of x run."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        return self.kernel[grid[0], 1]
+
+
+@pytest.mark.usefixtures("in_place")
+@pytest.mark.parametrize("config", [Config(16, 16), Config(16, 16, tasks=2)], ids=str)
+def test_many_rows_beyond_2_31(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of 2²⁷ rows of results, of the branch's numbers and of parts of sums."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    case, rank, m = integers("int4", "columns", 16, 16, 200), 17, (1 << 27) + 16
+    made, module = order(case.packed, "columns"), interpreted()
+    low, up = torch.randint(-3, 4, (2, 16, rank), generator=seeded(1)).half()
+    x, tall, y = sparse((m, case.x.shape[1]), FP16), sparse((m, rank), FP16), sparse((m, 16), FP16)
+    x[-16:], tall[-16:] = case.x, low
+    last = {name: LastRows(getattr(module, name)) for name in ("columns_kernel", "reduce_kernel")}
+    weight = Product(made, SimpleNamespace(**last))  # type: ignore[arg-type]
+
+    def at(self: Any, i: int, j: int, k: int) -> None:
+        self.grid_idx = (i, j + m // 16 - 1, k)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", at)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: sparse(shape, dtype))
+    weight._multiply(
+        x, y, m, plan(made, config), config, (None, None, tall, up, rank, None, None), 0
+    )
+    want = case.x.double() @ case.packed.unpack(torch.float64).T + low.double() @ up.double().T
+    assert torch.equal(y[-16:], want.half())

@@ -125,6 +125,28 @@ def test_per_weight_and_fits() -> None:
     assert not Compiled("sm_89", 128, 64, 0, 99 * 1024 + 1, 0, {}, loop).fits
 
 
+@pytest.mark.parametrize(
+    ("opcode", "count", "block", "warps", "weights"),
+    [
+        ("HMMA.16816.F32.BF16", 16, (16, 64), 4, 8 * 16 * 64),  # 8 tiles, 2 for each warp
+        ("HMMA.16816.F32", 8, (16, 16), 4, 8 * 16 * 16),  # 2 tiles: two warps repeat the others
+        ("IMMA.16832.S8.S8.SAT", 8, (128, 64), 8, 32 * 64),
+        ("HGMMA.64x128x16.F32.BF16", 8, (128, 128), 8, 8 * 16 * 128),
+        ("UTCHMMA", 1, (64, 64), 4, 16 * 64),
+        ("UTCBAR", 1, (64, 64), 4, None),
+        ("v_mfma_f32_32x32x8_bf16", 2, (64, 64), 4, 2 * 8 * 64),
+        ("FFMA", 8, (64, 64), 4, None),
+    ],
+)
+def test_weights_of_a_pass(
+    opcode: str, count: int, block: tuple[int, int], warps: int, weights: int | None
+) -> None:
+    target = "gfx942" if opcode.startswith("v_") else "sm_90"
+    loop = Loop(count, dict.fromkeys(KINDS, 0) | {"tensor": count}, {opcode: count})
+    threads = warps * TARGETS[target].warp_size
+    assert Compiled(target, threads, 64, 0, 0, 0, {}, loop).weights(*block) == weights
+
+
 # --- Assembly ------------------------------------------------------------------------------------
 
 # An outer loop .L_x_1 … `BRA .L_x_1` with a loop of loads .L_x_2 and the tensor loop .L_x_3, whose

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def _patch_bfloat16(interpreter: Any, tl: Any) -> None:

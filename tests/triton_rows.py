@@ -1,19 +1,23 @@
 """The kernels as products launch them by default, compiled for every target.
 
-`python -m triton_rows PATH` checks them against the table in PATH, `--write` records it. Run it
-without TRITON_INTERPRET. It takes minutes: each kernel is compiled for five targets.
+Run without TRITON_INTERPRET, from the repository's root with PYTHONPATH=src:tests. It takes
+minutes, as each kernel is compiled for five targets; Triton's cache keeps what did not change.
+
+    python -m triton_rows --write    # records tests/data/triton_kernels.json
+    python -m triton_rows            # prints as JSON what is worse than recorded
+    python -m triton_rows --few      # the same of few kernels and targets
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from triton_table import Row, check, write
+from triton_table import compare, write
 
-from sparsefx.codegen.triton_aot import signature_of
-from sparsefx.codegen.triton_pack import Columns
-from sparsefx.codegen.triton_record import record
+from sparsefx.codegen.triton_aot import TARGETS
+from sparsefx.codegen.triton_record import Launch, record
 
 TABLE = Path(__file__).parent / "data" / "triton_kernels.json"
 N, K, PROCESSORS = 512, 1024, 132
@@ -33,28 +37,33 @@ CASES = (
     ("2:4+bf16", "masked", (1, 16, 512)),
     ("2:4+int4g128", "masked", (1, 16)),
     ("bitmap@50%+int4g128", "masked", (1, 16, 512)),
+    ("2:4+int8+a8", "masked", (16, 512)),
     ("tile1x16@50%+int4g128", "masked", (16,)),
 )
 """Format, order, rows of x."""
+FEW = (
+    "int4g128 columns M=1", "int4g128 columns M=512", "int8+a8 columns M=512",
+    "tile1x16@50%+int4g128 lanes M=1", "tile64x16@50%+int4g128 columns M=16",
+    "2:4+bf16 masked M=16",
+)  # fmt: skip
+FEW_TARGETS = ("sm_80", "sm_90", "gfx942")
 
 
-def row(spec: str, order: str, m: int) -> Row:
-    """The main kernel's entry in the table."""
-    made = record(spec, order, m, (N, K), PROCESSORS)
-    signature, constants = signature_of(made.kernel, made.arguments)
-    weight, config = made.weight, made.config
-    block = weight.parts * weight.slice if isinstance(weight, Columns) else 32 * weight.cell
-    return Row(
-        f"{spec} {order} M={m}", made.kernel, signature, constants, block * config.block_n,
-        config.warps, config.stages,
-    )  # fmt: skip
+def launches(names: tuple[str, ...] = ()) -> dict[str, Launch]:
+    """All of `CASES` by name, or those named."""
+    cases = {f"{spec} {order} M={m}": (spec, order, m) for spec, order, rows in CASES for m in rows}
+    return {name: record(*cases[name], (N, K), PROCESSORS) for name in names or cases}
 
 
-def rows() -> list[Row]:
-    """All of `CASES`."""
-    return [row(spec, order, m) for spec, order, ms in CASES for m in ms]
+def main(argument: str) -> None:
+    """What the module's text says of each argument."""
+    if argument == "--write":
+        write(launches(), TABLE)
+    elif argument == "--few":
+        print(json.dumps(compare(launches(FEW), TABLE, FEW_TARGETS)))
+    else:
+        print(json.dumps(compare(launches(), TABLE, tuple(TARGETS))))
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1] != "--write" else TABLE
-    (write if "--write" in sys.argv else check)(rows(), path)
+    main(sys.argv[1] if len(sys.argv) > 1 else "")

@@ -10,11 +10,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefx.codegen.triton_aot import TARGETS, compile_for
+from sparsefx.codegen.triton_aot import TARGETS
+from sparsefx.codegen.triton_record import Launch
 
 MORE_REGISTERS = 16
 """Registers a kernel may take above the table: other versions of Triton differ by a few."""
@@ -22,36 +22,28 @@ MORE_REGISTERS = 16
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A kernel to watch, as `compile_for` takes it; `weights` as `Compiled.per_weight` does."""
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, object]
-    weights: int
-    warps: int = 4
-    stages: int = 3
-
-
-def build(rows: Sequence[Row], targets: Sequence[str] = tuple(TARGETS)) -> Table:
+def build(launches: Mapping[str, Launch], targets: Sequence[str], progress: bool = False) -> Table:
     """{name: {target: {registers, spills, shared, mma, per_weight}}}.
 
     Bytes for spills and shared, counts by name for mma, instructions in the loop for per_weight
     (null without a loop), which is there to be read and not compared. An entry takes seconds.
     """
-    return {row.name: {target: _entry(row, target) for target in targets} for row in rows}
+    table: Table = {}
+    for name, launch in launches.items():
+        table[name] = {target: _entry(launch, target) for target in targets}
+        if progress:
+            print(name, json.dumps(table[name]), flush=True)
+    return table
 
 
-def _entry(row: Row, target: str) -> dict[str, Any]:
-    made = compile_for(row.kernel, row.signature, row.constants, target, row.warps, row.stages)
+def _entry(launch: Launch, target: str) -> dict[str, Any]:
+    made = launch.compile_for(target)
     return {
         "registers": made.registers,
         "spills": made.spilled,
         "shared": made.shared,
         "mma": made.tensor,
-        "per_weight": made.loop and round(made.per_weight(row.weights)["all"], 2),
+        "per_weight": made.loop and round(launch.per_weight(made)["all"], 2),
     }
 
 
@@ -80,22 +72,22 @@ def faults(now: Table, recorded: Table) -> list[str]:
     return found
 
 
-def check(rows: Sequence[Row], path: Path, targets: Sequence[str] = tuple(TARGETS)) -> None:
-    """Raises AssertionError with all `faults` of `rows` against the table in `path`."""
+def compare(launches: Mapping[str, Launch], path: Path, targets: Sequence[str]) -> list[str]:
+    """All `faults` of `launches` on `targets` against their entries in the table in `path`."""
+    recorded = json.loads(path.read_text())["kernels"]
+    known = {
+        name: {target: entry for target, entry in entries.items() if target in targets}
+        for name, entries in recorded.items()
+        if name in launches
+    }
+    return faults(build(launches, targets), known)
+
+
+def write(launches: Mapping[str, Launch], path: Path) -> None:
+    """Records `launches` on all targets as `compare` reads them."""
     import triton
 
-    recorded = json.loads(path.read_text())
-    found = faults(build(rows, targets), recorded["kernels"])
-    versions = f"recorded with Triton {recorded['triton']}, this is {triton.__version__}"
-    way_out = f"If that is meant, `triton_table.write` the same rows to {path} ({versions})."
-    assert not found, "\n".join([*found, way_out])
-
-
-def write(rows: Sequence[Row], path: Path, targets: Sequence[str] = tuple(TARGETS)) -> None:
-    """Records `rows` as `check` reads them."""
-    import triton
-
-    table = {"triton": triton.__version__, "kernels": build(rows, targets)}
+    table = {"triton": triton.__version__, "kernels": build(launches, tuple(TARGETS), True)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
