@@ -10,9 +10,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
 from onnxruntime.capi import _pybind_state as native
-from test_onnx import inlined, single
+from test_onnx import single
 
-from sparsefx.codegen.onnx_read import _evaluate
+from sparsefx.codegen.onnx_read import _evaluate, inlined
 from sparsefx.ir.codecs import Grid
 from sparsefx.ir.format import Format
 
