@@ -33,8 +33,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, FOLDER = Path("src/sparsefx"), Path("codegen")
 RESULTS = ROOT / "benchmarks" / "results" / "mutations_triton.json"
-TESTS = ["tests/test_triton_pack.py", "tests/test_triton.py"]
-"""In this order, until one fails: the faster first."""
+KERNEL, ORDER, LARGE = (f"tests/test_triton{name}.py" for name in ("", "_pack", "_large"))
 SKIPPED = ["tests/test_triton.py::test_any_product"]
 """Samples: what only they notice deserves a test."""
 TIMEOUT = 600
@@ -193,6 +192,15 @@ MUTATIONS = [
 ]
 
 
+def tests_of(m: Mutation | None) -> list[str]:
+    """The files that must notice the fault, the faster first."""
+    if m and "32-bit" in m.breaks:
+        return [LARGE]
+    if m and m.file in ("triton_kernels.py", "triton_parts.py"):
+        return [KERNEL]
+    return [ORDER, KERNEL] if m else [ORDER, LARGE, KERNEL]
+
+
 def fits(m: Mutation) -> bool:
     """Whether the text to replace occurs exactly once."""
     return (ROOT / FOLDER / m.file).read_text().count(m.old) == 1
@@ -245,7 +253,7 @@ def first_failure(m: Mutation | None) -> str:
         ]
         skip = [f"--deselect={test}" for test in SKIPPED]
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
-            code = pytest.main([*options, *TESTS, *skip], plugins=[first])
+            code = pytest.main([*options, *tests_of(m), *skip], plugins=[first])
     signal.alarm(0)
     return first.name or (f"exit {int(code)}" if code else "")
 

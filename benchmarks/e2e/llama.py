@@ -28,7 +28,7 @@ class LlamaCpp(Language):
             path, self.api.llama_model_default_params()
         )
         params = self.api.llama_context_default_params()
-        params.n_ctx = 256  # it rounds up to this
+        params.n_ctx = 1024
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = settings.threads
         params.no_perf = True
@@ -84,4 +84,4 @@ class LlamaCpp(Language):
         return number
 
 
-assert PROMPT + NEW <= 256
+assert PROMPT + NEW <= 1024
