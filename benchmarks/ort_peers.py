@@ -1,6 +1,8 @@
 """Ways to run an ONNX file: ONNX Runtime as it is, with its own quantisers, OpenVINO, and ours.
 
 A peer is one function and one line of `PEERS`: it makes a file from the dense one and runs it.
+llama.cpp is in `benchmarks.end_to_end` instead: it configures a processor's matrix tiles once, and
+dies in a process where somebody else has released them.
 """
 
 from __future__ import annotations
@@ -128,17 +130,6 @@ def openvino_int4(setup: Setup) -> tuple[Call, int]:
     return call, size_of(path) + size_of(path.with_suffix(".bin"))
 
 
-def llama_cpp(setup: Setup) -> tuple[Call, int]:
-    """llama.cpp over the 4-bit file that SmolLM2's weights come from."""
-    if setup.case.name != "smollm2":
-        raise ValueError("llama.cpp runs language models only")
-    from benchmarks.e2e.base import Settings
-    from benchmarks.e2e.llama import LlamaCpp
-
-    session = LlamaCpp(Settings("llama.cpp", setup.threads))
-    return session.run, session.bytes
-
-
 PEERS: Mapping[str, Peer] = {
     "ORT fp32": fp32,
     "ORT dynamic int8": dynamic_int8,
@@ -147,5 +138,4 @@ PEERS: Mapping[str, Peer] = {
     "ORT 4 bit block 128 HQQ": partial(nbits, block=128, how="hqq"),
     "ORT 4 bit block 128 GPTQ": partial(nbits, block=128, how="gptq"),
     "OpenVINO 4 bit": openvino_int4,
-    "llama.cpp Q4_1": llama_cpp,
 }

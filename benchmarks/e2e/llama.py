@@ -28,7 +28,7 @@ class LlamaCpp(Language):
             path, self.api.llama_model_default_params()
         )
         params = self.api.llama_context_default_params()
-        params.n_ctx = 1024
+        params.n_ctx = 256  # it rounds up to this
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = settings.threads
         params.no_perf = True
@@ -48,28 +48,6 @@ class LlamaCpp(Language):
         self._logits = np.ctypeslib.as_array(pointer, (self.size,))
         return int(self._logits.argmax())
 
-    def run(self, feed: Any) -> list[Any]:
-        """One call with the inputs of an exported file: logits (1, tokens, V)."""
-        tokens = [int(t) for t in feed["input_ids"][0]]
-        past = feed["attention_mask"].shape[1] - len(tokens)
-        memory = self.api.llama_get_memory(self.context)
-        if not past:
-            self.api.llama_memory_clear(memory, True)
-        elif self.api.llama_memory_seq_pos_max(memory, 0) + 1 < past:
-            self.prefill(torch.zeros(past, dtype=torch.long))
-        self.api.llama_memory_seq_rm(memory, 0, past, -1)
-        batch = self.api.llama_batch_init(len(tokens), 0, 1)
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, past + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, True
-        failed = self.api.llama_decode(self.context, batch)
-        self.api.llama_batch_free(batch)
-        if failed:
-            raise RuntimeError("llama_decode failed")
-        rows = [self.api.llama_get_logits_ith(self.context, i) for i in range(len(tokens))]
-        return [np.stack([np.ctypeslib.as_array(row, (self.size,)) for row in rows])[None]]
-
     def prefill(self, ids: Tensor) -> Any:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         return self._decode((self.api.llama_token * len(ids))(*ids.tolist()))
@@ -84,4 +62,4 @@ class LlamaCpp(Language):
         return number
 
 
-assert PROMPT + NEW <= 1024
+assert PROMPT + NEW <= 256
