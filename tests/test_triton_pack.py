@@ -211,6 +211,7 @@ def test_lanes_hold_the_weight(text: str) -> None:
         mask = mask.clone()
         mask[: n // 2] = False  # uneven rows, and those that store nothing
         whole = packed.format.layout.mask(packed.format.layout.index(mask), *mask.shape)
+        assert whole is not None
         packed = packed.format.pack(packed.unpack(), whole, packed.read()[2])
         weight = lanes(packed)
         got, named = decode_lanes(weight)
