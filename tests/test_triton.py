@@ -37,7 +37,7 @@ from triton_cases import (
 from triton_interpreter import interpreted
 
 from sparsefx.codegen.triton import rejects
-from sparsefx.codegen.triton_launch import ACTIVATIONS, Config, Product
+from sparsefx.codegen.triton_launch import ACTIVATIONS, Config, Product, plan
 from sparsefx.ir.codecs import Grid
 from sparsefx.ir.format import Format
 from sparsefx.ir.op import quantize_rows
@@ -374,3 +374,14 @@ def test_split_sums(text: str, family: str) -> None:
     assert torch.equal(first, second)
     assert_close(case, config, extras)
     assert_exact(integers(text, family, 2, 17, 600), Config(1, 32, True, tasks=2))
+
+
+@pytest.mark.parametrize("config", [Config(16, 64), Config(1, 64, True)], ids=str)
+def test_tasks_write_their_own_rows_only(config: Config) -> None:
+    """On a GPU tasks end in any order; a strip of 48 rows leaves 16 of its block to others."""
+    case = integers("tile48x16@50%+int4g32", "columns", 1, 130, 64)
+    weight = Product(order(case.packed, "columns"), interpreted())
+    tasks = plan(weight.weight, config)
+    weight.plans[config] = replace(tasks, tasks=tasks.tasks.flip(0).contiguous())
+    assert torch.equal(weight.linear(case.x, config), run(case, config))
+    assert_exact(case, config)
