@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import numbers, shapes
 from benchmarks.machine import facts, slug
 from benchmarks.peers import ENGINES, OURS, READ, REFERENCE
 from benchmarks.peers.goals import GOALS, Results, Row
@@ -235,12 +236,6 @@ def report(run: Run, about: dict[str, Any], goals: list[dict[str, Any]], console
 
 
 def arguments() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
-    def shapes(text: str) -> list[tuple[int, ...]]:
-        return [tuple(numbers(part.replace("x", ","))) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

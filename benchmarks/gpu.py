@@ -33,6 +33,7 @@ if "--rehearse" in sys.argv:
 
 import torch
 from benchmarks import gpu_cases as cases
+from benchmarks.arguments import numbers, shapes
 from benchmarks.gpu_goals import GOALS, Results
 from benchmarks.gpu_peers import REFERENCE, Peer, peers
 from benchmarks.gpu_timing import GPU, copy_bandwidth, facts, peaks
@@ -111,12 +112,6 @@ def report(result: dict[str, Any], console: Console) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
-    def shapes(text: str) -> list[tuple[int, ...]]:
-        return [tuple(numbers(part.replace("x", ","))) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -138,7 +138,7 @@ def _native_details(buffers: Sequence[Tensor]) -> tuple[str, int]:
 
 def _triton(order: str) -> Kernel:
     def rejects(fmt: Format, problem: Problem) -> str | None:
-        why = triton.rejects(order, fmt, problem.k * problem.n, problem.m, problem.dtype)
+        why = triton.rejects(order, fmt, problem.k if problem.n else 0, problem.m, problem.dtype)
         return why or triton.why_missing() or None
 
     return Kernel(

@@ -153,5 +153,8 @@ def describe(order: str, buffers: Sequence[Tensor]) -> tuple[str, int]:
     product = PRODUCTS[order].find(buffers) if buffers else None
     if product is None:
         return "(configured at the first product)", 0
-    known = [f"M≤{b}: {c or 'dense'}" for (b, _), c in sorted(product.configs.items(), key=str)]
+    known = [
+        f"M≤{b}: {c or 'unpacked, densely: measured faster'}"
+        for (b, _), c in sorted(product.configs.items(), key=str)
+    ]
     return "; ".join(known), product.weight.bytes

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefx.codegen.triton_pack import Columns, Dense2D, by_strip, words
-from sparsefx.ir.codecs import Int
+from sparsefx.codegen.triton_pack import Columns, Dense2D, by_strip, parts_of, words
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import Tile
 
@@ -37,7 +36,7 @@ def lanes(packed: Packed) -> Columns:
     fmt, n, k = packed.format, packed.n, packed.k
     dense = Dense2D.of(packed)
     assert dense.mask is not None
-    parts = 1 if not isinstance(fmt.codec, Int) else 4 if fmt.codec.bits == 8 else 8
+    parts = parts_of(fmt)
     runs = F.pad(dense.mask, (0, -k % SLICE)).view(n, -(-k // SLICE), SLICE).any(-1)
     counts = runs.sum(1)
     order = counts.argsort(descending=True, stable=True)
@@ -45,8 +44,9 @@ def lanes(packed: Packed) -> Columns:
     per_strip = F.pad(counts, (0, 1))[order].view(-1, ROWS).amax(1)
     blocks = -(-per_strip // parts)
     starts = _starts(F.pad(runs, (0, 0, 0, 1))[order], blocks, parts)
-    rows = _rows_of(order, blocks)
-    grid = [None if g is None else F.pad(g, (0, 0, 0, 1))[order] for g in _grid(dense)]
+    rows = order.view(-1, ROWS).repeat_interleave(blocks, 0)
+    stored = dense.grid.scales, dense.grid.zero_points
+    grid = [None if g is None else F.pad(g, (0, 0, 0, 1))[order] for g in stored]
     kind = torch.int16 if k < 2**15 else torch.int32
     return Columns(
         fmt, n, k, _codes(dense, fmt, starts, rows, n, k),
@@ -54,10 +54,6 @@ def lanes(packed: Packed) -> Columns:
         ROWS, SLICE, parts, 3, starts.to(kind).contiguous(), order.to(torch.int32),
         tuple(blocks.tolist()),
     )  # fmt: skip
-
-
-def _grid(dense: Dense2D) -> tuple[Tensor | None, Tensor | None]:
-    return dense.grid.scales, dense.grid.zero_points
 
 
 def _starts(runs: Tensor, blocks: Tensor, parts: int) -> Tensor:
@@ -73,15 +69,13 @@ def _starts(runs: Tensor, blocks: Tensor, parts: int) -> Tensor:
     return wide[used]
 
 
-def _rows_of(order: Tensor, blocks: Tensor) -> Tensor:
-    """Rows of the weight (blocks, ROWS) that every block holds; N for none."""
-    return order.view(-1, ROWS).repeat_interleave(blocks, 0)
-
-
 def _codes(
     dense: Dense2D, fmt: Format, starts: Tensor, rows: Tensor, n: int, k: int
 ) -> tuple[Tensor, ...]:
-    """Words (blocks, ROWS, SLICE) of each plane; padding reads as any code, x is 0 there."""
+    """Words (blocks, ROWS, SLICE) of each plane; `rows` (blocks, ROWS) of the weight, N for none.
+
+    Padding reads as any code, x is 0 there.
+    """
     codes = F.pad(dense.codes, (0, -k % SLICE, 0, 1)).view(n + 1, -(-k // SLICE), SLICE)
     picked = codes[rows[:, None, :], starts.clamp(min=0) // SLICE]  # (blocks, parts, ROWS, SLICE)
     return words(picked, fmt)

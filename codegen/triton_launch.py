@@ -1,7 +1,7 @@
 """Launching the Triton kernels: tasks, buffers, and one call per product.
 
-Nothing here asks the device anything once a shape was seen, so a product can be part of a CUDA
-graph. `KERNELS` is imported at the first product.
+Nothing here asks the device anything once a configuration was run, so a product can be part of a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefx.codegen.triton_pack import Columns, Masked, Task
+from sparsefx.codegen.triton_pack import Columns, Masked, Task, power
 from sparsefx.ir.codecs import Int
 
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
@@ -139,11 +139,11 @@ class Product:
             down, up, strength = (t.to(x.dtype).contiguous() for t in branch)
             rank = down.shape[0]
             low = x.new_empty(m, rank)
-        padded = -(-rank // 16) * 16 if rank else 0
         size = 16 if m > 4 or rank else 1
         self.kernels.rows_kernel[(-(-m // size),)](
             x, codes, scales, low, down, strength, m, w.k, rank,
-            BLOCK_M=size, BLOCK_K=64 if rank else 1024 // size, RANK=_power(padded), num_warps=4,
+            BLOCK_M=size, BLOCK_K=64 if rank else 1024 // size, 
+            RANK=max(power(rank), 16) if rank else 0, num_warps=4,
         )  # fmt: skip
         return (x if codes is None else codes), scales, low, up
 
@@ -204,7 +204,3 @@ class Product:
 
 def _flat(t: Tensor | None, n: int) -> Tensor | None:
     return None if t is None else t.reshape(-1, n).contiguous()
-
-
-def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length() if count else 0

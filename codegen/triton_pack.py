@@ -33,6 +33,16 @@ def planes(bits: int) -> tuple[int, ...]:
     return (8,) if bits == 8 else tuple(w for w in (4, 2, 1) if bits & w)
 
 
+def parts_of(fmt: Format) -> int:
+    """Slices of a block: the codes that a word of the widest plane holds."""
+    return 1 if not isinstance(fmt.codec, Int) else 4 if fmt.codec.bits == 8 else 8
+
+
+def power(count: int) -> int:
+    """The power of two that is `count` or the next above it; 1 for 0."""
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Dense2D:
     """Every position of a weight: unsigned codes or float values (N, K), the mask, the grid."""
@@ -169,7 +179,7 @@ def columns(packed: Packed, a8: bool) -> Columns:
     dense = Dense2D.of(packed)
     tile = fmt.layout if isinstance(fmt.layout, Tile) else None
     rows = min(tile.rows, max(n, 1)) if tile else max(n, 1)
-    parts = 1 if not isinstance(fmt.codec, Int) else 4 if fmt.codec.bits == 8 else 8
+    parts = parts_of(fmt)
     group = fmt.codec.group(k)
     stored = _stored(dense, rows, n, k)
     size = 32 if a8 else 16

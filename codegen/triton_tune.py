@@ -20,7 +20,7 @@ import torch
 
 from sparsefx.codegen.crossover import mode
 from sparsefx.codegen.triton_launch import Config
-from sparsefx.codegen.triton_pack import Columns, Masked
+from sparsefx.codegen.triton_pack import Columns, Masked, power
 from sparsefx.ir.cache import Cache
 
 BUCKETS = (1, 2, 4, 16, 32, 64, 128, 512, 2048)
@@ -53,7 +53,7 @@ def bucket(m: int) -> int:
 def default(work: Work) -> Config:
     """By rule: tensor cores with split sums up to 64 rows, large blocks beyond."""
     m, weight = work.bucket, work.weight
-    most = _power(weight.rows) if isinstance(weight, Columns) else 1 << 30
+    most = power(weight.rows) if isinstance(weight, Columns) else 1 << 30
     if isinstance(weight, Columns) and weight.order is not None:
         return Config(1, 32, True, 4 * work.processors, 4)
     if m <= 64:
@@ -68,7 +68,7 @@ def candidates(work: Work) -> list[Config]:
     """The default first, then its neighbours, those likely to win before others."""
     first = default(work)
     out = [first]
-    most = _power(work.weight.rows) if isinstance(work.weight, Columns) else 1 << 30
+    most = power(work.weight.rows) if isinstance(work.weight, Columns) else 1 << 30
     shapes = [(first.block_m, n, first.vector) for n in (first.block_n, 32, 64, 128, 16, 256)]
     if isinstance(work.weight, Columns) and work.bucket <= 4 and not work.a8:
         shapes += [(1, n, True) for n in (64, 128, 32)]
@@ -155,7 +155,3 @@ def _source() -> str:
     folder = Path(__file__).parent
     text = b"".join((folder / f"triton_{n}.py").read_bytes() for n in MODULES)
     return hashlib.sha256(text).hexdigest()[:16]
-
-
-def _power(count: int) -> int:
-    return 1 << (max(count, 1) - 1).bit_length()

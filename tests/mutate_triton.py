@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import hypothesis  # noqa: F401
+import hypothesis  # noqa: F401 — loaded once: every fault's process is forked from here
 import pytest
 import torch
-import triton  # noqa: F401
+import triton  # noqa: F401 — likewise
 from rich.console import Console
 from rich.table import Table
 

@@ -172,7 +172,7 @@ def check(path: Path, library: str | None, full: bool) -> None:
     for feeds, wanted, tolerances, measure in questions(path, made):
         got = made.run(None, feeds)
         assert len(got) == len(wanted)
-        for i, (y, z) in enumerate(zip(wanted, got)):  # noqa: B905 — Python 3.9 has no strict
+        for i, (y, z) in enumerate(zip(wanted, got, strict=True)):
             assert y.shape == z.shape, (path, i)
             apart = distance(y, z, measure)
             where = f"{path.name}, library {bool(library)}, optimised {full}, output {i}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_onnx import bound, exact, session, single
+from test_onnx import bound, exact, left_at_run_time, session, single
 from torch import Tensor, nn
 
 from sparsefx.codegen import onnx_gather
@@ -149,10 +149,7 @@ def test_bias_branch_rank_and_dtype(fmt: str, rank: int, dtype: torch.dtype) -> 
 def test_onnxruntime_folds_everything_but_the_product(
     fmt: str, operators: list[str], tmp_path: Path
 ) -> None:
-    model, _ = single(Format.parse(fmt).pack(torch.randn(32, 192)))
-    session(model, dump=tmp_path / "optimised.onnx")
-    left = onnx.load(tmp_path / "optimised.onnx").graph.node
-    assert [node.op_type for node in left] == operators
+    assert left_at_run_time(fmt, tmp_path) == operators
 
 
 # --- whole files ---------------------------------------------------------------------------------
