@@ -262,9 +262,22 @@ def _late(*_: object) -> None:
     raise TimeoutError(f"not done after {TIMEOUT} seconds")
 
 
+def in_a_child(m: Mutation) -> str:
+    """`first_failure` in a process of its own: reading past an array may kill it."""
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        os.write(write, first_failure(m).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as found:
+        name = found.read()
+    signalled = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return f"signal {-signalled}" if signalled < 0 else name
+
+
 def try_out(m: Mutation) -> Outcome:
     start = time.perf_counter()
-    caught_by = first_failure(m)
+    caught_by = in_a_child(m)
     seconds = round(time.perf_counter() - start, 1)
     return Outcome(m.file, m.breaks, CAUGHT if caught_by else SURVIVED, caught_by, seconds)
 

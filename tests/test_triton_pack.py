@@ -220,6 +220,16 @@ def test_lanes_hold_the_weight(text: str) -> None:
         assert bool((named <= 1).all())
 
 
+def test_lanes_store_like_rows_together() -> None:
+    """Every second row nearly empty: sorted, only the first of two strips has room for full ones."""
+    weight, fmt = torch.ones(128, 256), Format.parse("tile1x16@50%+int4")
+    mask = torch.zeros(128, 256, dtype=torch.bool)
+    mask[::2] = True
+    mask[1::2, :16] = True
+    full, sparse = lanes(fmt.pack(weight, mask)).counts
+    assert sparse == 1 < full
+
+
 @pytest.mark.parametrize(
     ("text", "order"),
     [("int4", "columns"), ("tile16x16@50%+int4", "columns"), ("tile1x16@50%+int4", "lanes"),
