@@ -119,6 +119,11 @@ class Packed:
         codes, grid = fmt.codec.read(self.buffers[split:], count, self.n, self.k)
         return codes, mask, grid
 
+    def mask(self) -> Tensor | None:
+        """Which positions (N, K) are stored; None stands for all."""
+        split = len(self.format.layout.buffers)
+        return self.format.layout.mask(self.buffers[:split], self.n, self.k)
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense (N, K) weight that this stands for, rounded once to `dtype`."""
         codes, mask, grid = self.read()

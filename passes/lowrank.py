@@ -1,43 +1,68 @@
-"""The branch `+rN`: the best rank-N correction of what packing lost.
+"""The branch `+rN`: the best rank-N matrix next to another, in the metric of the inputs.
 
-With a Hessian the error is weighted by the activations that will meet it (as in CorDA, arXiv
-2406.05223), without one by nothing (LQER, arXiv 2402.02446).
+With second moments the difference is weighted by the activations that will meet it (as in CorDA,
+arXiv 2406.05223), without them by nothing (LQER, arXiv 2402.02446).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sparsefx.ir.format import Packed
 
+DAMPING = 1e-4
+"""Least eigenvalue of the second moments, as a share of the greatest."""
 
-def lowrank(weight: Tensor, packed: Packed, hessian: Tensor | None) -> tuple[Tensor, ...]:
-    """(down (r, K), up (N, r), scale (r,)) such that unpack(packed) + up · diag(scale) · down ≈ W.
+Branch = tuple[Tensor, ...]
+"""(down (r, K), up (N, r), scale (r,)), all 16 bits: + up · diag(scale) · down. Empty: none."""
 
-    Empty when the format has no branch. `scale` holds ones: strength is a run-time argument.
-    down and up have 16 bits: they correct an error of some percent, and half the bytes are half the
-    time. bfloat16 cannot overflow, and matrix units multiply it.
-    """
+
+def lowrank(weight: Tensor, packed: Packed, moments: Tensor | None) -> Branch:
+    """The Branch with unpack(packed) + up · diag(scale) · down ≈ W; empty when there is no rank."""
     rank = packed.format.rank
     if rank == 0:
         return ()
-    error = weight.detach().float() - packed.unpack()
-    if hessian is None:
-        u, s, vt = torch.linalg.svd(error, full_matrices=False)
-        down = vt[:rank]
-    else:
-        root, inverse = _roots(hessian.float())
-        u, s, vt = torch.linalg.svd(error @ root, full_matrices=False)
-        down = vt[:rank] @ inverse
-    up = u[:, :rank] * s[:rank]
-    dtype = weight.dtype if weight.element_size() == 2 else torch.bfloat16
-    return down.to(dtype).contiguous(), up.to(dtype).contiguous(), torch.ones(rank, dtype=dtype)
+    fit = fitter(moments, rank, dtype_for(weight))
+    return fit(weight.detach().float() - packed.unpack())
 
 
-def _roots(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root of the damped Hessian and its inverse."""
-    values, vectors = torch.linalg.eigh(hessian)
-    values = values.clamp(min=float(values.max()) * 1e-4 + 1e-12)
-    root = (vectors * values.sqrt()) @ vectors.T
-    return root, (vectors / values.sqrt()) @ vectors.T
+def dtype_for(weight: Tensor) -> torch.dtype:
+    """16 bits: a branch corrects an error of some percent, and half the bytes are half the time.
+
+    bfloat16 cannot overflow, and matrix units multiply it.
+    """
+    return weight.dtype if weight.element_size() == 2 else torch.bfloat16
+
+
+def fitter(
+    moments: Tensor | None, rank: int, dtype: torch.dtype
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """A function to the Branch nearest to a matrix (N, K), outputs weighted by `moments` (K, K).
+
+    `scale` holds ones: strength is a run-time argument.
+    """
+    root = inverse = None
+    if moments is not None:
+        values, vectors = torch.linalg.eigh(moments.float())
+        values = values.clamp(min=float(values.max()) * DAMPING + 1e-12).sqrt()
+        root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+    def fit(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vt = torch.linalg.svd(matrix if root is None else matrix @ root, full_matrices=False)
+        # Half of each singular value on either side: both factors keep the same range in 16 bits.
+        half = s[:rank].sqrt()
+        down = half[:, None] * (vt[:rank] if inverse is None else vt[:rank] @ inverse)
+        up = u[:, :rank] * half
+        ones = torch.ones(rank, dtype=dtype, device=matrix.device)
+        return down.to(dtype).contiguous(), up.to(dtype).contiguous(), ones
+
+    return fit
+
+
+def product(branch: Branch) -> Tensor:
+    """up · diag(scale) · down (N, K) in float32."""
+    down, up, scale = (t.float() for t in branch)
+    return (up * scale) @ down

@@ -12,18 +12,23 @@ from torch import Tensor
 from sparsefx.ir.codecs import Grid
 from sparsefx.ir.errors import WeightError
 from sparsefx.ir.format import Format, Packed
+from sparsefx.passes.statistics import Statistics
 
 BLOCK = 128
 
 
-def sparsegpt(weight: Tensor, hessian: Tensor | None, fmt: Format, damping: float) -> Packed:
+def sparsegpt(
+    weight: Tensor, fmt: Format, given: Tensor | None, statistics: Statistics | None, damping: float
+) -> Packed:
     """Pack `weight` (N, K) so that the error of its outputs on the calibration data is small.
 
-    `hessian` is the sum of xᵀx over calibration rows, (K, K) float32. Every column's pruning and
-    rounding error is spread over the columns after it through the inverse Hessian.
+    Every column's pruning and rounding error is spread over the columns after it through the
+    inverse of the inputs' second moments. Without a `given` mask (N, K) the pattern is chosen on
+    the way, by what removing each weight would cost. Raises WeightError without second moments.
     """
-    if hessian is None:
-        raise WeightError("sparsegpt needs calibration data")
+    if statistics is None or statistics.second is None:
+        raise WeightError("solver 'sweep' needs calibration data")
+    hessian = statistics.second
     work = weight.detach().float().clone()
     n, k = work.shape
     dead = hessian.diagonal() == 0
@@ -35,7 +40,9 @@ def sparsegpt(weight: Tensor, hessian: Tensor | None, fmt: Format, damping: floa
     for start in range(0, k, step):
         stop = min(start + step, k)
         block, inner = work[:, start:stop], factor[start:stop, start:stop]
-        mask[:, start:stop] = fmt.layout.select((block / inner.diagonal()) ** 2)
+        scores = (block / inner.diagonal()) ** 2
+        chosen = fmt.layout.select(scores) if given is None else given[:, start:stop]
+        mask[:, start:stop] = chosen
         grids += _fit_groups(fmt, work, mask, start, stop)
         columns = _join(grids).columns(start, stop, fmt.codec.group(k))
         errors = _sweep(fmt, block, mask[:, start:stop], inner, columns)

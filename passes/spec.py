@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from sparsefx.ir.errors import SpecError, nearest
 from sparsefx.ir.format import Format
+from sparsefx.passes.criteria import CRITERIA
+from sparsefx.passes.ratios import RATIOS
+from sparsefx.passes.solvers import AFTER, SOLVERS
 
-ALGORITHMS = ("auto", "magnitude", "sparsegpt")
+NAMES: Mapping[str, Iterable[str]] = {
+    "criterion": tuple(CRITERIA), "solver": tuple(SOLVERS), "after": tuple(AFTER),
+    "ratios": tuple(RATIOS),
+}  # fmt: skip
+"""Fields that name a row of a table."""
+
+
+class Recovery(BaseModel):
+    """Training after pruning and rounding (`passes.recover`); epochs are passes over the
+    calibration inputs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=4, ge=0, le=1000)
+    """Of the kept values of each block."""
+    scale_epochs: int = Field(default=1, ge=0, le=1000)
+    """Of the scales of each block, codes fixed."""
+    whole_epochs: int = Field(default=0, ge=0, le=1000)
+    """Of all blocks together, towards the dense model's outputs."""
+    learning_rate: float = Field(default=5e-3, gt=0, le=1)
+    """Greatest step of Adam as a share of each tensor's root mean square, block by block."""
+    whole_learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """The same for all blocks together."""
 
 
 class Spec(BaseModel):
@@ -37,10 +68,37 @@ class Spec(BaseModel):
     """These stay dense."""
     overrides: Mapping[str, str] = Field(default_factory=dict)
     """Pattern → format ("dense" leaves it alone); the first pattern that matches wins."""
-    algorithm: Literal["auto", "magnitude", "sparsegpt"] = "auto"
-    """"auto" is "sparsegpt" with calibration data and "magnitude" without."""
+    criterion: str = "auto"
+    """What a weight is worth, a key of `passes.criteria.CRITERIA`; "auto" is "obs" with calibration
+    data (with the sweep that is SparseGPT) and "magnitude" without."""
+    solver: str = "auto"
+    """How kept weights become codes: "sweep" (GPTQ), "auto" with data, or "nearest"."""
+    after: tuple[str, ...] = ("auto",)
+    """What is tried afterwards, keys of `passes.solvers.AFTER`, in order; each is undone where it
+    does not lower the output error. "auto" is "descend" with data and nothing without."""
+    ratios: str = "uniform"
+    """How a share is spread over the layers, a key of `passes.ratios.RATIOS`."""
+    smooth: bool = False
+    """Move factors between layers so that weights round better (AWQ, SmoothQuant); exact."""
+    rotate: bool = False
+    """Rotate residual stream and heads (QuaRot) before anything else; exact."""
+    recovery: Recovery | None = None
+    """Train every block after it was compressed; none by default."""
+    seed: int = 0
+    """Of everything that is drawn."""
     damping: float = Field(default=0.01, gt=0, le=1)
     """Share of the mean diagonal added to the Hessian (SparseGPT's percdamp)."""
+
+    @field_validator("criterion", "solver", "ratios", "after")
+    @classmethod
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        table = NAMES[str(info.field_name)]
+        for name in value if isinstance(value, tuple) else (value,):
+            if name != "auto" and name not in table:
+                raise SpecError(
+                    f"spec field '{info.field_name}' knows no {name!r}{nearest(name, table)}"
+                )
+        return value
 
     @field_validator("format")
     @classmethod
@@ -147,6 +205,4 @@ def _explain(error: ValidationError) -> str:
     if cause := first.get("ctx", {}).get("error"):
         return str(cause)
     given = repr(first.get("input"))
-    close = difflib.get_close_matches(str(first.get("input")), ALGORITHMS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close and field == "algorithm" else ""
-    return f"spec field '{field}' = {given}: {first['msg']}{hint}"
+    return f"spec field '{field}' = {given}: {first['msg']}"

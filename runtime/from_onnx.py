@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsefx.codegen.onnx import Lowered, require_packages
-from sparsefx.ir.errors import ExportError, SpecError, WeightError
+from sparsefx.ir.errors import ExportError, SpecError
 from sparsefx.ir.format import Format
-from sparsefx.passes.calibration import Hessian
-from sparsefx.passes.compress import Result, compress_site
+from sparsefx.passes.compress_site import Result, compress_site
 from sparsefx.passes.outliers import Probe
 from sparsefx.passes.plan import Choice, check
+from sparsefx.passes.recipe import Recipe
 from sparsefx.passes.spec import Spec, check_patterns
+from sparsefx.passes.statistics import Statistics
 from sparsefx.runtime import export
 from sparsefx.runtime.from_onnx_calibrate import (
     Activations,
@@ -145,8 +146,7 @@ class _Job:
         weights = find(model)
         choices = _plan(weights, spec)
         batches = None if calibration is None else read_batches(model, calibration)
-        if spec.algorithm == "sparsegpt" and batches is None:
-            raise WeightError("algorithm 'sparsegpt' needs calibration=…; 'magnitude' does not")
+        Recipe.of(spec, batches is not None).refuse_gradients("an ONNX file has no gradients")
         notes = [note] if note else []
         return _Job(source, target, spec, model, weights, choices, batches, size, notes)
 
@@ -165,30 +165,27 @@ class _Job:
     def compress(self, room: Path, progress: bool | None) -> dict[str, Result]:
         """Every chosen weight packed, by its Site's name."""
         formats = {c.site.name: c.format for c in self.choices if not c.dense}
-        probe, algorithm = Probe(formats), self.spec.algorithm
-        if algorithm == "auto":
-            algorithm = "magnitude" if self.batches is None else "sparsegpt"
-        seen = algorithm == "sparsegpt" or bool(probe.formats)
-        runs, parts = self._runs(room) if seen and formats else (None, [self.chosen])
+        probe, recipe = Probe(formats), Recipe.of(self.spec, self.batches is not None)
+        watched = bool(recipe.needs_inputs) or bool(probe.formats)
+        runs, parts = self._runs(room) if watched and formats else (None, [self.chosen])
         batches = [] if runs is None else runs.batches
         out: dict[str, Result] = {}
         with Progress("compressing", len(formats) + len(parts) * len(batches), progress) as bar:
             for part in parts:
-                hessians: dict[str, Hessian] = {}
+                sums: dict[str, Statistics] = {}
                 for feeds in batches:
                     assert runs is not None
-                    summed = hessians if algorithm == "sparsegpt" else None
+                    summed = sums if recipe.needs_inputs else None
                     runs.show(part, feeds, summed, probe.watch)
                     bar.advance("calibration")
                 for weight in part:
                     site = weight.site
                     bar.advance(site.name)
                     fmt, note = probe.decide(site, formats[site.name])
-                    found = hessians.pop(site.name, None)
-                    out[site.name] = compress_site(
-                        site, site.matrix(weight.tensor()), None if found is None else found.sum,
-                        fmt, algorithm, self.spec.damping, note,
-                    )  # fmt: skip
+                    own, found, seen = recipe.seen(fmt, sums.pop(site.name, None), site.k)
+                    note = "; ".join(filter(None, (seen, note)))
+                    matrix = site.matrix(weight.tensor())
+                    out[site.name] = compress_site(site, matrix, fmt, own, found, note=note)
         return out
 
     def _runs(self, room: Path) -> tuple[Activations | None, list[list[Weight]]]:

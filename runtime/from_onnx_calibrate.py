@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from sparsefx.ir.errors import ExportError, SpecError, nearest
-from sparsefx.passes.calibration import BUDGET, Hessian, Watch
+from sparsefx.passes.calibration import BUDGET
+from sparsefx.passes.collector import Watch
+from sparsefx.passes.statistics import Statistics
 from sparsefx.runtime.from_onnx_find import Weight
 
 if TYPE_CHECKING:
@@ -119,31 +121,31 @@ class Activations:
         self,
         part: Sequence[Weight],
         feeds: Feeds,
-        hessians: dict[str, Hessian] | None,
+        sums: dict[str, Statistics] | None,
         watch: Watch,
     ) -> None:
-        """Run one batch: `watch` sees every product of `part`, Hessians gain its rows."""
+        """Run one batch: `watch` sees every product of `part`, `sums` gain its rows."""
         names = list(dict.fromkeys(str(use.x.name) for weight in part for use in weight.uses))
         found = run(self.session, [self.outputs[name] for name in names], feeds)
         seen = {name: torch.from_numpy(x) for name, x in zip(names, found, strict=True)}
-        added: dict[object, Hessian] = {}
+        added: dict[object, Statistics] = {}
         for weight in part:
             site = weight.site
             rows = [use.rows(seen[str(use.x.name)]) for use in weight.uses]
             for x in rows:
                 watch(site, weight.tensor(), x)
-            if hessians is None:
+            if sums is None:
                 continue
-            # Products that read the same tensors share one Hessian, summed once.
+            # Products that read the same tensors share one Statistics, summed once.
             key = tuple((str(use.x.name), *use.strides) for use in weight.uses)
             if key not in added:
-                added[key] = hessians.setdefault(site.name, Hessian(site.k, rows[0].device))
+                added[key] = sums.setdefault(site.name, Statistics(site.k, rows[0].device))
                 for x in rows:
                     added[key].add(x)
-            hessians[site.name] = added[key]
+            sums[site.name] = added[key]
 
     def parts(self, weights: Sequence[Weight]) -> list[list[Weight]]:
-        """Runs of weights whose Hessians and activations fit in the budget together."""
+        """Runs of weights whose second moments and activations fit in the budget together."""
         names = [f"{name}.shape" for name in self.outputs.values()]
         shapes = run(self.session, names, self.batches[0])
         sizes = {

@@ -30,7 +30,7 @@ from sparsefx.codegen.onnx_lower import round_rows
 from sparsefx.codegen.onnx_read import inlined, written_weight
 from sparsefx.codegen.onnx_writer import Writer
 from sparsefx.ir.errors import ExportError
-from sparsefx.passes.compress import Result
+from sparsefx.passes.compress_site import Result
 from sparsefx.runtime.from_onnx_calibrate import Feeds, run, session
 from sparsefx.runtime.from_onnx_find import PRODUCTS, Use, Weight, number
 from sparsefx.runtime.gate import DRAWS, FLOOR, MARGIN, Difference, distance, gap

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsefx.codegen.onnx import DOMAIN, Lowered, lower
 from sparsefx.codegen.onnx_writer import Writer
-from sparsefx.passes.compress import Result
+from sparsefx.passes.compress_site import Result
 from sparsefx.runtime.from_onnx_find import Use, Weight, constant, number, tensor_of
 
 if TYPE_CHECKING:

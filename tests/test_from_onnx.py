@@ -272,7 +272,7 @@ def test_spec_filters_and_errors(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no input 'z'"):
         compress_onnx(source, target, SPEC, calibration=[{"z": noise(2, 64)}])
     with pytest.raises(WeightError, match="needs calibration"):
-        compress_onnx(source, target, {"format": SPEC, "algorithm": "sparsegpt"})
+        compress_onnx(source, target, {"format": SPEC, "solver": "sweep"})
     assert not target.exists()
 
 
@@ -291,7 +291,7 @@ def test_calibration_lowers_the_output_error(tmp_path: Path) -> None:
         (want,), (got,) = run(source, batches[3]), run(report.path, batches[3])
         errors.append(float(np.square(got - want).mean() / np.square(want).mean()))
     assert errors[1] < 0.5 * errors[0]
-    assert {row.algorithm for row in report.rows} == {"sparsegpt"}
+    assert {row.algorithm for row in report.rows} == {"obs+sweep"}
 
 
 def test_outlier_probe(tmp_path: Path) -> None:

@@ -232,25 +232,29 @@ def packed_as(model: nn.Module) -> str:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "Conv1D"])
-@pytest.mark.parametrize("algorithm", ["auto", "magnitude"])
-def test_an_outlier_of_x300_takes_groups(kind: str, algorithm: str) -> None:
+@pytest.mark.parametrize("solver", ["auto", "nearest"])
+def test_an_outlier_of_x300_takes_groups(kind: str, solver: str) -> None:
     model, batches = layer(kind, hidden=False)
-    spec = {"format": "int8+a8", "algorithm": algorithm}
+    spec = {"format": "int8+a8", "criterion": "magnitude", "solver": solver, "after": []}
     sparsefx.sparsify(model, spec, calibration=batches)
     assert packed_as(model) == "int8+a8g128"
     (line,) = sparsefx.explain(model).lines
     assert line.row.format == "int8+a8g128"
-    assert line.row.algorithm == ("magnitude" if algorithm == "magnitude" else "sparsegpt")
+    assert line.row.algorithm == ("nearest" if solver == "nearest" else "sweep")
     (why,) = line.row.fallbacks
     assert "per group of 128: outlier in column 5" in why
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "Conv1D"])
-@pytest.mark.parametrize("algorithm", ["auto", "magnitude"])
+@pytest.mark.parametrize("solver", ["auto", "nearest"])
 @pytest.mark.parametrize("a8", ["a8", "a8g128", "a8g64"])
-def test_an_outlier_that_the_weight_hides_is_refused(kind: str, algorithm: str, a8: str) -> None:
+def test_an_outlier_that_the_weight_hides_is_refused(kind: str, solver: str, a8: str) -> None:
     model, batches = layer(kind, hidden=True)
-    sparsefx.sparsify(model, {"format": f"int8+{a8}", "algorithm": algorithm}, calibration=batches)
+    sparsefx.sparsify(
+        model,
+        {"format": f"int8+{a8}", "criterion": "magnitude", "solver": solver, "after": []},
+        calibration=batches,
+    )
     assert packed_as(model) == "int8"
     found = sparsefx.explain(model)
     (text,) = found.fallbacks
@@ -302,8 +306,8 @@ def test_without_calibration_the_report_says_so() -> None:
     assert any(NOT_PROBED in text for text in sparsefx.explain(compiled).fallbacks)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "magnitude"])
-def test_a_layer_that_calibration_misses_says_so(algorithm: str) -> None:
+@pytest.mark.parametrize("solver", ["auto", "nearest"])
+def test_a_layer_that_calibration_misses_says_so(solver: str) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -314,7 +318,7 @@ def test_a_layer_that_calibration_misses_says_so(algorithm: str) -> None:
             return self.rarely(y) if both else y
 
     model = Net().eval()
-    spec = {"format": "int8+a8", "algorithm": algorithm}
+    spec = {"format": "int8+a8", "criterion": "magnitude", "solver": solver, "after": []}
     example = {"x": torch.randn(3, 16), "both": True}
     sparsefx.sparsify(model, spec, example_inputs=example, calibration=[torch.randn(9, 16)])
     often, rarely = (line.row for line in sparsefx.explain(model).lines)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import sparsefx
 from sparsefx.ir.format import Format
 from sparsefx.ir.sites import Site
-from sparsefx.passes.calibration import Collector, find_blocks
+from sparsefx.passes.blocks import find_blocks
+from sparsefx.passes.collector import Collector
 from sparsefx.passes.sparsegpt import sparsegpt
+from sparsefx.passes.statistics import Statistics
 from sparsefx.runtime.install import packed_modules
 from sparsefx.runtime.modules import SparseConv1x1, SparseLinear, SparseParameter
 
@@ -126,9 +128,9 @@ def test_shared_inputs_are_summed_once_and_exactly() -> None:
             q(x), k(x)
             collector.forget_inputs()
     want = sum(x.T @ x for x in xs)
-    assert collector.hessians["q"] is collector.hessians["k"]
-    torch.testing.assert_close(collector.hessians["q"].sum, want)
-    assert collector.hessians["q"].rows == 8
+    assert collector.statistics["q"] is collector.statistics["k"]
+    torch.testing.assert_close(collector.statistics["q"].second, want)
+    assert collector.statistics["q"].rows == 8
 
 
 @pytest.mark.parametrize("spec", ["int4g16", "uint3", "bf16", "int8g24"])
@@ -137,10 +139,12 @@ def test_gptq_beats_rounding_on_its_own_data(spec: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(256, 48) @ torch.randn(48, 48)
     w = torch.randn(20, 48)
+    seen = Statistics(48, x.device)
+    seen.add(x)
     fmt = Format.parse(spec)
     error = {
         name: float(((p.unpack() - w) @ x.T).norm())
-        for name, p in (("rtn", fmt.pack(w)), ("gptq", sparsegpt(w, x.T @ x, fmt, 0.01)))
+        for name, p in (("rtn", fmt.pack(w)), ("gptq", sparsegpt(w, fmt, None, seen, 0.01)))
     }
     assert error["gptq"] < error["rtn"]
 

@@ -70,6 +70,10 @@ class Codec(ABC):
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """Values of codes, exactly as they will be multiplied; inverts `encode` on its range."""
 
+    def store_scales(self, scales: Tensor, old: Tensor) -> Tensor:
+        """`scales` as they can be stored; `old` ones where they cannot."""
+        return scales
+
     @abstractmethod
     def write(self, codes: Tensor, grid: Grid) -> tuple[Tensor, ...]:
         """Buffers of the stored codes (flat, in order) and the whole grid."""

@@ -108,6 +108,10 @@ class Int(Codec):
         scales = self._stored((hi - lo) / self.high)
         return Grid(scales, (-lo / scales).round().clamp(0, self.high))
 
+    def store_scales(self, scales: Tensor, old: Tensor) -> Tensor:
+        out = scales.to(SCALE).float()
+        return torch.where(out.isfinite() & (out != 0), out, old)
+
     @staticmethod
     def _stored(scales: Tensor) -> Tensor:
         out = torch.where(scales == 0, 1.0, scales).to(SCALE).float()

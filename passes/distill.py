@@ -1,0 +1,163 @@
+"""Recovery of the whole model: train what is kept until the outputs are the dense model's again.
+
+The dense model's outputs are recorded before it is compressed, so no second model is held: for
+language models the likeliest tokens' log-probabilities (Hinton et al., arXiv 1503.02531), for
+others the first output tensor. The model's own parameters are what trains, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from sparsefx.ir.capture import split_inputs
+from sparsefx.passes.compress_site import Result, Step
+from sparsefx.passes.latent import Latent
+from sparsefx.passes.recover import fast_bf16, indices, schedule, size_of
+from sparsefx.passes.spec import Recovery
+
+LIKELIEST = 64
+"""Tokens per position whose probabilities are kept; the rest count as one."""
+HELD_BACK = 16
+"""One batch of so many is not trained on: what decides whether training is kept."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The dense model's answer to one batch."""
+
+    values: Tensor
+    """float16 log-probabilities (…, LIKELIEST), or the output itself."""
+    tokens: Tensor | None
+    """int32 ids that go with log-probabilities."""
+
+    def distance(self, output: Any) -> Tensor:
+        """KL divergence per token, or the squared error relative to the output's power."""
+        found = tensor_of(output).float()
+        if self.tokens is None:
+            power = self.values.float().square().sum(-1).clamp(min=1e-12)
+            return ((found - self.values.float()).square().sum(-1) / power).mean()
+        want = self.values.float()
+        got = F.log_softmax(found, -1).gather(-1, self.tokens.long())
+        rest = (1 - want.exp().sum(-1)).clamp(min=1e-6), (1 - got.exp().sum(-1)).clamp(min=1e-6)
+        inside = (want.exp() * (want - got)).sum(-1)
+        return (inside + rest[0] * (rest[0] / rest[1]).log()).mean()
+
+
+def tensor_of(output: Any) -> Tensor:
+    """`.logits`, or the first tensor of what a model returned."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    if isinstance(logits, Tensor):
+        return logits
+    values = output.values() if isinstance(output, Mapping) else output
+    return next(value for value in values if isinstance(value, Tensor))
+
+
+def record(model: nn.Module, batches: Sequence[Any]) -> list[Output]:
+    """The dense model's Output of every batch."""
+    return [_record(model, batch) for batch in batches]
+
+
+@torch.no_grad()
+def _record(model: nn.Module, batch: Any) -> Output:
+    args, kwargs = split_inputs(batch)
+    output = model(*args, **kwargs)
+    found = tensor_of(output)
+    if not isinstance(output, Tensor) and "logits" in output and found.shape[-1] > LIKELIEST:
+        best = found.float().log_softmax(-1).topk(LIKELIEST)
+        return Output(best.values.half(), best.indices.int())
+    return Output(found.clone(), None)
+
+
+def distill(
+    model: nn.Module,
+    results: Sequence[Result],
+    batches: Sequence[Any],
+    outputs: Sequence[Output],
+    recovery: Recovery,
+    seed: int = 0,
+) -> list[Result]:
+    """`results` trained together; as they were where that moved the outputs away from the dense.
+
+    Judged by batches that are not trained on (one of HELD_BACK, if there are so many). The model
+    must still have its dense parameters; they and its norms are edited in place.
+    """
+    whole = _Whole(model, results, batches, outputs)
+    judged = list(range(0, len(batches), HELD_BACK)) if len(batches) >= HELD_BACK else []
+    trained_on = [i for i in range(len(batches)) if i not in judged] or judged
+    before = whole.error(judged or trained_on)
+    small = [p for p in model.parameters() if p.dim() == 1]
+    saved = [p.detach().clone() for p in small]
+    whole.train(small, trained_on, recovery, seed)
+    done = [latent.done(()) for latent in whole.latents]
+    after = _Whole(model, done, batches, outputs).error(judged or trained_on)
+    steps = (Step("model output", before), Step("recovery of all", after, kept=after < before))
+    if after >= before:
+        for parameter, old in zip(small, saved, strict=True):
+            parameter.data.copy_(old)
+    best = done if after < before else results
+    return [result.after(*steps) for result in best]
+
+
+class _Whole:
+    """The model with the weights of latents."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        results: Sequence[Result],
+        batches: Sequence[Any],
+        outputs: Sequence[Output],
+    ) -> None:
+        self.model, self.outputs = model, outputs
+        self.latents = [Latent(result) for result in results]
+        self.data = [split_inputs(batch) for batch in batches]
+
+    def distance(self, index: int) -> Tensor:
+        args, kwargs = self.data[index]
+        weights = {
+            latent.result.site.name: latent.result.site.parameter_shape(latent.weight())
+            for latent in self.latents
+        }
+        first = next(iter(weights.values()))
+        with torch.autocast(first.device.type, torch.bfloat16, enabled=fast_bf16(first)):
+            output = functional_call(self.model, weights, args, kwargs)
+        return self.outputs[index].distance(output)
+
+    def error(self, chosen: Sequence[int]) -> float:
+        with torch.no_grad():
+            return sum(float(self.distance(i)) for i in chosen) / max(len(chosen), 1)
+
+    def train(
+        self, small: Sequence[nn.Parameter], chosen: Sequence[int], recovery: Recovery, seed: int
+    ) -> None:
+        """Values behind the codes, branches and norms, by Adam."""
+        trained = [pair for latent in self.latents for pair in latent.train("values")]
+        trained += [(p, size_of(p)) for p in small]
+        for tensor, _ in trained:
+            tensor.requires_grad_(True)
+        rate = recovery.whole_learning_rate
+        optimiser = torch.optim.Adam([{"params": [t]} for t, _ in trained], betas=(0.9, 0.95))
+        total = recovery.whole_epochs * len(chosen)
+        with torch.enable_grad():
+            for step, index in enumerate(_shuffled(chosen, recovery.whole_epochs, seed)):
+                for group, (_, size) in zip(optimiser.param_groups, trained, strict=True):
+                    group["lr"] = rate * size * schedule(step / total)
+                optimiser.zero_grad()
+                self.distance(index).backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+        for tensor, _ in trained:
+            tensor.requires_grad_(False)
+
+
+def _shuffled(chosen: Sequence[int], epochs: int, seed: int) -> Iterator[int]:
+    order = torch.Generator().manual_seed(seed)
+    return (chosen[i] for i in indices(len(chosen), epochs, order))
