@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sparsefx.passes.compress import Result
+from sparsefx.passes.compress_site import Result
 from sparsefx.passes.plan import Choice
+
+if TYPE_CHECKING:
+    from sparsefx.runtime.plan_file import Plan
 
 ATTRIBUTE = "_sparsefx_report"
 
@@ -31,6 +34,8 @@ class Row:
     sqnr_db: float | None = None
     algorithm: str = ""
     seconds: float = 0.0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """What each step of compression left as relative output error, and whether it was kept."""
     fallbacks: list[str] = field(default_factory=list)
 
     @classmethod
@@ -50,6 +55,7 @@ class Row:
         self.branch_bytes = sum(t.numel() * t.element_size() for t in result.branch)
         self.sqnr_db = result.sqnr_db if math.isfinite(result.sqnr_db) else None
         self.algorithm, self.seconds = result.algorithm, result.seconds
+        self.steps = [asdict(step) for step in result.steps]
         if result.note:
             self.fallbacks.append(result.note)
         for name, why in unpacked.items():
@@ -66,6 +72,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
+    plan: Plan | None = None
+    """What `auto` found, with the price of every candidate."""
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from sparsefx.ir.format import Format
     from sparsefx.models.causal_onnx import export_causal_lm
     from sparsefx.passes.spec import Spec
+    from sparsefx.runtime.adapter_extract import extract_lora
+    from sparsefx.runtime.adapters import adapters
     from sparsefx.runtime.artifact import load, save
+    from sparsefx.runtime.auto import auto
     from sparsefx.runtime.explain import explain
     from sparsefx.runtime.export import export_onnx
     from sparsefx.runtime.from_onnx import compress_onnx
@@ -23,11 +26,14 @@ __all__ = [
     "Format",
     "SparsefxError",
     "Spec",
+    "adapters",
+    "auto",
     "compress_onnx",
     "explain",
     "export_adapter",
     "export_causal_lm",
     "export_onnx",
+    "extract_lora",
     "load",
     "ort_library",
     "ort_session",
@@ -39,11 +45,14 @@ _HOMES = {
     "Format": "ir.format",
     "SparsefxError": "ir.errors",
     "Spec": "passes.spec",
+    "adapters": "runtime.adapters",
+    "auto": "runtime.auto",
     "compress_onnx": "runtime.from_onnx",
     "explain": "runtime.explain",
     "export_adapter": "runtime.onnx_adapters",
     "export_causal_lm": "models.causal_onnx",
     "export_onnx": "runtime.export",
+    "extract_lora": "runtime.adapter_extract",
     "load": "runtime.artifact",
     "ort_library": "runtime.ort",
     "ort_session": "runtime.ort",

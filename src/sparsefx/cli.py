@@ -1,4 +1,4 @@
-"""The command line: `sparsefx compress | export | generate | explain | demo`, over the same API."""
+"""The command line: `sparsefx --help` lists the commands; all call the Python API."""
 
 from __future__ import annotations
 
@@ -138,6 +138,7 @@ def generate(
 def explain(
     model: Model, spec: SpecOption = "int8", calibrate: Calibrate = 0,
     json: Annotated[bool, typer.Option(help="Print JSON instead of a table")] = False,
+    steps: Annotated[bool, typer.Option(help="Show the output error after every step")] = False,
 ) -> None:  # fmt: skip
     """Show what a spec does to every weight, and why; nothing is written.
 
@@ -145,8 +146,54 @@ def explain(
     """
     import sparsefx
 
-    found = sparsefx.explain(_sparsify(model, spec, calibrate)[0])
+    found = sparsefx.explain(_sparsify(model, spec, calibrate)[0], steps=steps)
     print(found.to_json()) if json else _print(found)
+
+
+@app.command()
+def frontier(
+    model: Annotated[str, typer.Argument(help="smollm2, minilm or antiberty")],
+    rows: Annotated[int, typer.Option(help="Tokens at a time: 1 is decoding", min=1)] = 128,
+    calibrate: Annotated[int, typer.Option(help="Calibration inputs", min=2)] = 8,
+    out: Out = Path("out"),
+) -> None:
+    """Draw quality against measured latency and size: dense, fixed specs, and what `auto` finds.
+
+    Example: `sparsefx frontier minilm --rows 128 --out out`
+    """
+    from sparsefx.models.frontier import frontier as run
+    from sparsefx.runtime.frontier import check_packages, describe, write
+
+    check_packages()
+    found, plans = run(model, rows=rows, calibrate=calibrate)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, plan in enumerate(plans):
+        plan.save(out / f"{model}-plan-{i}.yaml")
+    written = write(found, out / f"{model}-frontier")
+    print(describe(found.points))
+    print(found.report())
+    _print("wrote " + ", ".join(str(path) for path in written))
+
+
+@app.command("extract-lora")
+def extract_lora(
+    base: Annotated[Path, typer.Argument(help="safetensors of the base: a file or a folder")],
+    tuned: Annotated[Path, typer.Argument(help="The same, fine-tuned")],
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA", min=1)] = 16,
+    out: Out = Path("lora"),
+) -> None:
+    """Write the LoRA that is the best low-rank part of what fine-tuning changed (PHLoRA).
+
+    Example: `sparsefx extract-lora base tuned --rank 32 --out my-lora`
+    """
+    import sparsefx
+
+    found = sparsefx.extract_lora(base, tuned, rank, out)
+    for name, share in found.energy.items():
+        _print(f"{name}: {share:.1%} of the difference kept")
+    _print(f"wrote {out}, mean {found.mean_energy:.1%}")
+    for name in found.left_out:
+        _print(f"left out: {name}")
 
 
 @app.command()
