@@ -24,7 +24,7 @@ from sparsefx.codegen.onnx_fusions import tidy
 from sparsefx.codegen.onnx_gather import narrowed
 from sparsefx.codegen.onnx_lower import ORT_DOMAIN, Lowering, Problem, Stored, choose, round_rows
 from sparsefx.codegen.onnx_writer import Writer
-from sparsefx.ir.codecs import Int
+from sparsefx.ir.codecs import Fp8, Int
 from sparsefx.ir.errors import ExportError, MissingPackageError
 from sparsefx.ir.format import Format, Packed
 
@@ -215,8 +215,13 @@ class _Lowerer:
         writer = Writer(product.name)
         types = writer.types
         assert x.dtype is not None
-        if x.dtype == types.DOUBLE:  # the engine has no such products: the body stands here
-            row, why, stored, y = _body(writer, product, types.DOUBLE)
+        if x.dtype == types.DOUBLE or isinstance(product.packed.format.codec, Fp8):
+            # The engine has no such products: the body stands here.
+            compute = types.DOUBLE if x.dtype == types.DOUBLE else types.FLOAT
+            wide = writer.cast(x, compute)
+            wide.shape = x.shape
+            row, why, stored, y = _body(writer, replace(product, x=wide), compute)
+            y = writer.cast(y, x.dtype)
             return _describe(product, row, why, stored), writer.tape.nodes, y
         # Half-precision products run in float32, as ONNX Runtime has no CPU kernels for bfloat16
         # and emulates float16; the weight is then not rounded to half precision either.

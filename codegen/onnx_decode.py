@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen.onnx_writer import Writer
-from sparsefx.ir.codecs import Int
+from sparsefx.ir.codecs import Float, Fp8, Int
 from sparsefx.ir.errors import ExportError
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import NM, Layout, Tile
@@ -36,7 +36,10 @@ class Source:
 
     @staticmethod
     def of(packed: Packed, values: list[ir.Value]) -> Source:
-        names = packed.format.buffers
+        """Raises ExportError for a codec that no lowering decodes."""
+        names, codec = packed.format.buffers, packed.format.codec
+        if not isinstance(codec, Float | Fp8 | Int):
+            raise ExportError(f"codec '{codec}' has no ONNX form: use 'int8' or 'fp16' to export")
         sizes = {name: b.numel() for name, b in zip(names, packed.buffers, strict=True)}
         return Source(
             packed.format, packed.n, packed.k, dict(zip(names, values, strict=True)), sizes
@@ -117,7 +120,7 @@ def spread(w: Writer, source: Source, values: ir.Value, fill: ir.Value) -> ir.Va
     return w.op("Where", mask, w.op("Gather", values, place), fill)
 
 
-def per_group(w: Writer, source: Source, name: str, codec: Int) -> ir.Value:
+def per_group(w: Writer, source: Source, name: str, codec: Int | Fp8) -> ir.Value:
     """Scales (float32) or zero points (uint8) as (N, groups)."""
     shape = (source.n, codec.groups(source.k))
     if name == "scales":
@@ -127,7 +130,7 @@ def per_group(w: Writer, source: Source, name: str, codec: Int) -> ir.Value:
     return w.reshape(w.head(stream, shape[0] * shape[1]), *shape)
 
 
-def per_column(w: Writer, source: Source, grid: ir.Value, codec: Int) -> ir.Value:
+def per_column(w: Writer, source: Source, grid: ir.Value, codec: Int | Fp8) -> ir.Value:
     """(N, groups) as (N, K), or (N, 1) where there is one group."""
     n, k, group, groups = source.n, source.k, codec.group(source.k), codec.groups(source.k)
     if groups == 1:

@@ -32,7 +32,7 @@ from sparsefx.codegen.onnx_lower import (
     stored_codes,
 )
 from sparsefx.codegen.onnx_writer import Writer
-from sparsefx.ir.codecs import Int
+from sparsefx.ir.codecs import Fp8, Int
 from sparsefx.ir.format import Packed
 from sparsefx.ir.layouts import Tile
 
@@ -134,7 +134,7 @@ def strip_matrices(w: Writer, source: Source, picked: list[Picked]) -> list[Stor
     codec, types, stream = source.format.codec, w.types, source.values["values"]
     to = types.DOUBLE if stream.dtype == types.DOUBLE else types.FLOAT
     zero = torch.zeros(1, dtype=torch.float64 if to == types.DOUBLE else torch.float32)
-    if isinstance(codec, Int):
+    if isinstance(codec, Int | Fp8):
         table = code_values(codec).float()
         stored = fields(w, stream, source.sizes["values"], codec.bits, table)
     else:
@@ -142,7 +142,7 @@ def strip_matrices(w: Writer, source: Source, picked: list[Picked]) -> list[Stor
     parts: list[Stored] = []
     for p in picked:
         wide = p.values(stored, w.constant(zero))
-        if isinstance(codec, Int) and p.strip.kept:
+        if isinstance(codec, Int | Fp8) and p.strip.kept:
             if not codec.symmetric:
                 zeros = w.cast(per_group(w, source, "zero_points", codec), types.FLOAT)
                 wide = w.op("Sub", wide, _of_columns(w, p, zeros, codec))
@@ -154,7 +154,7 @@ def strip_matrices(w: Writer, source: Source, picked: list[Picked]) -> list[Stor
     return parts
 
 
-def _of_columns(w: Writer, picked: Picked, grid: ir.Value, codec: Int) -> ir.Value:
+def _of_columns(w: Writer, picked: Picked, grid: ir.Value, codec: Int | Fp8) -> ir.Value:
     """(N, groups) as (rows, width), or (rows, 1) where there is one group."""
     mine, k = picked.rows(grid), picked.cut.k
     if codec.groups(k) == 1:

@@ -28,7 +28,7 @@ from sparsefx.codegen.onnx_decode import (
     spread,
 )
 from sparsefx.codegen.onnx_writer import Writer
-from sparsefx.ir.codecs import Int
+from sparsefx.ir.codecs import Fp8, Int
 from sparsefx.ir.format import Format
 
 if TYPE_CHECKING:
@@ -211,16 +211,18 @@ def multiply_blocks(writer: Writer, x: ir.Value, weight: Stored) -> ir.Value:
 # --- A dense matrix (K, N), dequantised at load --------------------------------------------------
 
 
-def code_values(codec: Int) -> Tensor:
-    """What each stored code stands for, before zero point and scale: (2^bits,) integers."""
+def code_values(codec: Int | Fp8) -> Tensor:
+    """What each stored code stands for, before zero point and scale: (2^bits,) numbers."""
     codes = torch.arange(1 << codec.bits)
+    if isinstance(codec, Fp8):
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num()
     return torch.where(codes > codec.high, codes - (1 << codec.bits), codes)
 
 
 def store_int_matrix(w: Writer, source: Source) -> Stored:
     """(code − zero point) · scale, zero where nothing is stored."""
     codec, n, k = source.format.codec, source.n, source.k
-    assert isinstance(codec, Int)
+    assert isinstance(codec, Int | Fp8)
     table = code_values(codec).float()
     codes = fields(w, source.values["values"], source.sizes["values"], codec.bits, table)
     wide = w.reshape(spread(w, source, codes, w.constant(torch.zeros(1))), n, k)
@@ -293,7 +295,7 @@ LOWERINGS: tuple[Lowering, ...] = (
     Lowering("MatMulNBits", nbits_rejects, store_blocks, multiply_blocks),
     Lowering(
         "MatMul, codes folded at load",
-        lambda p: None if isinstance(p.format.codec, Int) else "holds integer codes",
+        lambda p: None if isinstance(p.format.codec, Int | Fp8) else "holds codes",
         store_int_matrix,
         multiply_matrix,
     ),

@@ -20,6 +20,7 @@ from sparsefx.codegen.triton_launch import Config, Product
 from sparsefx.codegen.triton_pack import (
     Columns,
     Masked,
+    bits_of,
     columns,
     columns_rejects,
     masked,
@@ -27,6 +28,7 @@ from sparsefx.codegen.triton_pack import (
 )  # fmt: skip
 from sparsefx.ir.codecs import Int
 from sparsefx.ir.format import Format, Packed
+from sparsefx.ir.fused import ACTIVATIONS
 from sparsefx.ir.layouts import Dense
 from sparsefx.ir.op import reference
 
@@ -58,7 +60,7 @@ def rejects(order: str, fmt: Format, k: int, m: int | None, dtype: torch.dtype) 
         return f"needs one activation scale per row, not one per {fmt.a8_group} columns"
     if fmt.a8 and isinstance(codec, Int) and codec.bits == 8 and not codec.symmetric:
         return "uint8 codes minus zero points are no int8"
-    if isinstance(fmt.layout, Dense) and not isinstance(codec, Int):
+    if isinstance(fmt.layout, Dense) and not bits_of(codec):
         return "dense floats: torch multiplies them best"
     if not k:
         return "the weight is empty"
@@ -73,16 +75,21 @@ def rejects(order: str, fmt: Format, k: int, m: int | None, dtype: torch.dtype) 
 
 
 def run(
-    order: str, x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor]
-) -> Tensor:
-    """`sparsefx::linear` by the kernel over `order`, or densely where that was measured faster."""
+    order: str, x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor],
+    activation: str = "none", multiply: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """act(`sparsefx::linear`) ⊙ multiply + residual by the kernel over `order`, or densely where
+    that was measured faster. multiply and residual are (…, N) in x's type.
+    """
     product = prepared(order, packed)
     m = x.numel() // packed.k
     config = configuration(product, packed, m, x.dtype)
     if config is None:
-        return reference(x, packed, bias, branch)
+        y = ACTIVATIONS[activation](reference(x, packed, bias, branch))
+        y = y if multiply is None else y * multiply
+        return y if residual is None else y + residual
     bias = None if bias is None else bias.to(x.dtype)
-    return product.linear(x, config, bias, branch)
+    return product.linear(x, config, bias, branch, activation, multiply, residual)
 
 
 def prepared(order: str, packed: Packed) -> Product:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sparsefx.codegen.triton_parts import (
+    e4m3,
     field,
     finish,
     grid_at,
@@ -33,7 +34,7 @@ def columns_kernel(
     R, groups,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, OFFSET: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, SLICE: tl.constexpr, GATHER: tl.constexpr,
-    UNIFORM: tl.constexpr,
+    UNIFORM: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRESCALE: tl.constexpr, UNROLL: tl.constexpr,
     SPLIT: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +99,10 @@ def columns_kernel(
                 if not UNIFORM:
                     grid = group_of(tl.maximum(start, 0), GROUP) * R + rows
                     scale, zero = grid_at(scales, zeros, grid, n_ok & (start < K))
-                w = numbers(codes, zero[None, :], OFFSET, BITS, DTYPE)
+                if FP8:
+                    w = e4m3(codes, DTYPE)
+                else:
+                    w = numbers(codes, zero[None, :], OFFSET, BITS, DTYPE)
             if BITS == 0:
                 acc = product(xs, w, acc)
             elif PRESCALE:
@@ -125,7 +129,7 @@ def vector_kernel(
     R, groups,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, OFFSET: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, SLICE: tl.constexpr, GATHER: tl.constexpr,
-    UNIFORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIFORM: tl.constexpr, FP8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """`columns_kernel` for one row of x (BLOCK_M 1), in float32 without tensor cores.
@@ -187,7 +191,9 @@ def vector_kernel(
                 if not UNIFORM:
                     grid = group_of(tl.maximum(start, 0), GROUP) * R + rows
                     scale, zero = grid_at(scales, zeros, grid, n_ok & (start < K))
-                if WIDTH1 == 0:
+                if FP8:
+                    w = e4m3(field(words0, WIDTH0, part), tl.float32)
+                elif WIDTH1 == 0:
                     w = in_place(words0, WIDTH0, part, zero[None, :], OFFSET)
                     xs *= 1.0 / (1 << (part * WIDTH0 % 16))
                 else:
@@ -214,7 +220,7 @@ def mask_kernel(
     row_scales, bias, low, up, rank, multiply, residual, partial,
     groups, mask_rows, words, steps,
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, OFFSET: tl.constexpr,
-    GROUP: tl.constexpr, CELL: tl.constexpr, WORDS: tl.constexpr,
+    FP8: tl.constexpr, GROUP: tl.constexpr, CELL: tl.constexpr, WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRESCALE: tl.constexpr,
     SPLIT: tl.constexpr, RANK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -270,7 +276,10 @@ def mask_kernel(
                 scale, zero = grid_at(scales, zeros, grid, n_ok & (start < K))
                 # What is not stored is zero: its code is the zero point.
                 codes = tl.where(ok, codes, zero[None, :] + OFFSET)
-                w = numbers(codes, zero[None, :], OFFSET, BITS, DTYPE)
+                if FP8:
+                    w = e4m3(codes, DTYPE)
+                else:
+                    w = numbers(codes, zero[None, :], OFFSET, BITS, DTYPE)
             if BITS == 0:
                 acc = product(xs, w, acc)
             elif PRESCALE:

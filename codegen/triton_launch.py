@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen.triton_pack import Columns, Masked, Task, power
-from sparsefx.ir.codecs import Int
+from sparsefx.ir.codecs import Fp8, Int
 
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
@@ -181,9 +181,10 @@ class Product:
         codec = w.format.codec
         widths = dict(zip(("WIDTH0", "WIDTH1", "WIDTH2"), (*w.widths, 0, 0), strict=False))
         head: list[Any] = [x, y, m, w.n, w.k, *(*w.planes, None, None)[:3], w.scales, w.zeros]
-        groups = codec.groups(w.k) if isinstance(codec, Int) else 1
+        groups = codec.groups(w.k) if isinstance(codec, Int | Fp8) else 1
         group = codec.group(w.k) if groups > 1 else 0
-        constants: dict[str, Any] = {**widths, "OFFSET": w.offset, "GROUP": group}
+        floats = isinstance(codec, Fp8)
+        constants: dict[str, Any] = {**widths, "OFFSET": w.offset, "FP8": floats, "GROUP": group}
         prescale = config.block_m >= 64 and x.dtype != torch.int8
         if isinstance(w, Masked):
             head += [w.mask, w.begins, w.starts, tasks.tasks]

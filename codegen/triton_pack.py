@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefx.ir.codecs import Grid, Int
+from sparsefx.ir.codecs import Codec, Fp8, Grid, Int
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import Dense, Layout, Tile
 
@@ -33,9 +33,14 @@ def planes(bits: int) -> tuple[int, ...]:
     return (8,) if bits == 8 else tuple(w for w in (4, 2, 1) if bits & w)
 
 
+def bits_of(codec: Codec) -> int:
+    """Bits of a stored code that a scale multiplies; 0 for values that stand for themselves."""
+    return codec.bits if isinstance(codec, Int) else 8 if isinstance(codec, Fp8) else 0
+
+
 def parts_of(fmt: Format) -> int:
     """Slices of a block: the codes that a word of the widest plane holds."""
-    return 1 if not isinstance(fmt.codec, Int) else 4 if fmt.codec.bits == 8 else 8
+    return {0: 1, 8: 4}.get(bits_of(fmt.codec), 8)
 
 
 def power(count: int) -> int:
@@ -45,7 +50,7 @@ def power(count: int) -> int:
 
 @dataclass(frozen=True)
 class Dense2D:
-    """Every position of a weight: unsigned codes or float values (N, K), the mask, the grid."""
+    """Every position of a weight: codes of 0 or more or float values (N, K), the mask, the grid."""
 
     codes: Tensor
     mask: Tensor | None
@@ -56,6 +61,8 @@ class Dense2D:
         """Codes count from `low`; what is not stored has the code of zero."""
         codec, n, k = packed.format.codec, packed.n, packed.k
         values, mask, grid = packed.read()
+        if isinstance(codec, Fp8):
+            values = codec.write(values, grid)[0].to(torch.int32)
         if not isinstance(codec, Int):
             full = values.new_zeros(n, k) if mask is not None else values.view(n, k)
             return Dense2D(full if mask is None else full.masked_scatter_(mask, values), mask, grid)
@@ -82,8 +89,8 @@ class Prepared:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        codec = self.format.codec
-        return planes(codec.bits) if isinstance(codec, Int) else (0,)
+        bits = bits_of(self.format.codec)
+        return planes(bits) if bits else (0,)
 
     @property
     def offset(self) -> int:
@@ -241,10 +248,10 @@ def _gathered(
 
 def words(cells: Tensor, fmt: Format) -> tuple[Tensor, ...]:
     """(blocks, parts, slice, rows) codes as one tensor of words per plane."""
-    if not isinstance(fmt.codec, Int):
+    if not (bits := bits_of(fmt.codec)):
         return (cells[:, 0].contiguous(),)
     out, low = [], 0
-    for width in planes(fmt.codec.bits):
+    for width in planes(bits):
         part = ((cells >> low) & ((1 << width) - 1)).to(torch.int64)
         word = torch.zeros_like(part[:, 0])
         for i in range(cells.shape[1]):
@@ -332,10 +339,10 @@ def _streams(
     place = (begins[:, None] + rank)[wide]
     flat = codes.new_zeros(total)
     flat[place] = codes[wide]
-    if not isinstance(fmt.codec, Int):
+    if not (bits := bits_of(fmt.codec)):
         return (flat,)
     out, low = [], 0
-    for width in planes(fmt.codec.bits):
+    for width in planes(bits):
         part = ((flat >> low) & ((1 << width) - 1)).to(torch.int64).view(-1, 32 // width)
         shifts = width * torch.arange(32 // width, device=flat.device)
         out.append(_narrow((part << shifts).sum(-1), torch.int32))

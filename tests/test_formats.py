@@ -13,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_fp8 import slow_e4m3
 from torch import Tensor
 
 from sparsefx.ir.bits import pack_bits, stream_bytes, unpack_bits
-from sparsefx.ir.codecs import CODECS, Codec, Float, Grid, Int
+from sparsefx.ir.codecs import CODECS, Codec, Float, Fp8, Grid, Int
 from sparsefx.ir.errors import WeightError
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import LAYOUTS, NM, Bitmap, Dense, Layout, Tile
@@ -123,16 +124,16 @@ def slow_unpack(packed: Packed) -> Array:
         for cell, value in zip(cells, values, strict=True):
             out[cell] = value
         return out
-    assert isinstance(fmt.codec, Int), "write a second opinion for the new codec"
+    assert isinstance(fmt.codec, Int | Fp8), "write a second opinion for the new codec"
     width, size = fmt.codec.bits, fmt.codec.group_size or max(k, 1)
     groups = -(-k // size)
     zeros = [0] * (n * groups) if fmt.codec.symmetric else slow_stream(rest[1], width, n * groups)
     for (i, j), code in zip(cells, slow_stream(values, width, len(cells)), strict=True):
-        if fmt.codec.symmetric and code >= 1 << (width - 1):
+        if isinstance(fmt.codec, Int) and fmt.codec.symmetric and code >= 1 << (width - 1):
             code -= 1 << width
         group = i * groups + j // size
-        value = np.float32(code - zeros[group]) * np.float32(rest[0][group])
-        out[i, j] = value + np.float32(0)  # a zero is +0 whatever the scale's sign
+        value = np.float32(slow_e4m3(code) if isinstance(fmt.codec, Fp8) else code - zeros[group])
+        out[i, j] = value * np.float32(rest[0][group]) + np.float32(0)  # 0 is +0, not −0
     return out
 
 

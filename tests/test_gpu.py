@@ -18,9 +18,12 @@ import torch
 from test_op import check
 from torch import Tensor, nn
 
-from sparsefx.codegen import triton, triton_tune
+from sparsefx.codegen import triton, triton_fused, triton_tune
 from sparsefx.codegen.kernels import KERNELS, Problem, choose
+from sparsefx.ir import fused as meaning
+from sparsefx.ir.codecs import Grid
 from sparsefx.ir.format import Format, Packed
+from sparsefx.ir.fused import Part, arguments
 from sparsefx.runtime.modules import SparseLinear
 
 GPU = torch.cuda.is_available()
@@ -31,7 +34,7 @@ N, K = (200, 400) if GPU else (24, 144)
 ROWS = (1, 3, 16, 50, 300) if GPU else (1, 17)
 LAYOUTS = ("", "tile64x16@50%+", "tile16x16@50%+", "tile16x1@50%+", "tile1x16@50%+", "2:4+",
            "bitmap@50%+")  # fmt: skip
-CODECS = ("int4g128", "uint4g128", "int3g128", "int2g128", "int8", "bf16")
+CODECS = ("int4g128", "uint4g128", "int3g128", "int2g128", "int8", "fp8g128", "bf16")
 FORMATS = [layout + codec for layout in LAYOUTS for codec in CODECS if layout or codec != "bf16"]
 FORMATS += [layout + codec + "+a8" for layout in LAYOUTS for codec in ("int8", "int4g128")]
 FORMATS += ["int4g128+r8", "int8+r8+a8", "tile64x16@50%+int4g128+r8", "2:4+int4g128+r8"]
@@ -104,6 +107,23 @@ def test_products(text: str, dtype: torch.dtype) -> None:
     bias = rows(1, packed.n, dtype, seed=1)[0]
     for m in ROWS:
         check(run, rows(m, dtype=dtype), packed, bias, branch)
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("text", ["int4", "tile16x1@50%+fp8"])
+def test_gates_are_what_they_mean(text: str, m: int) -> None:
+    """Of small integers, which every step holds exactly but the last: the same bits."""
+    grid, parts = Grid(torch.ones(N, 1, device=DEVICE)), []
+    for seed in range(2):
+        weight = torch.randint(-7, 8, (N, K), generator=torch.Generator().manual_seed(seed))
+        weight[:, :16] = 7
+        packed = Format.parse(text).pack(weight.float().to(DEVICE), grid=grid)
+        parts.append(Part(list(packed.buffers), None, [], text, N))
+    x = rows(m).sign()
+    x[:, 32:] = 0
+    op = torch.ops.sparsefx.fused.default if GPU else triton_fused.fused
+    got = op(x, *arguments(parts), "relu", None, None)
+    assert torch.equal(got, meaning.fused(x, *arguments(parts), "relu", None, None))
 
 
 @needs_gpu

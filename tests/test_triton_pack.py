@@ -221,7 +221,7 @@ def test_lanes_hold_the_weight(text: str) -> None:
 
 
 def test_lanes_store_like_rows_together() -> None:
-    """Every second row nearly empty: sorted, only the first of two strips has room for full ones."""
+    """Every second row is nearly empty: sorted, one strip of two has room for full ones."""
     weight, fmt = torch.ones(128, 256), Format.parse("tile1x16@50%+int4")
     mask = torch.zeros(128, 256, dtype=torch.bool)
     mask[::2] = True

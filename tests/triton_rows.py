@@ -30,6 +30,7 @@ CASES = (
     ("int2g128", "columns", (1,)),
     ("int8", "columns", (1, 16)),
     ("int8+a8", "columns", (16, 512)),
+    ("fp8g128", "columns", (1, 16, 512)),
     ("tile64x16@50%+int4g128", "columns", (1, 16, 512)),
     ("tile16x1@50%+int4g128", "columns", (1, 16)),
     ("tile1x16@50%+int4g128", "lanes", (1,)),
@@ -37,6 +38,8 @@ CASES = (
     ("2:4+bf16", "masked", (1, 16, 512)),
     ("2:4+int4g128", "masked", (1, 16)),
     ("bitmap@50%+int4g128", "masked", (1, 16, 512)),
+    ("2:4+fp8g128", "masked", (16, 512)),
+    ("tile1x16@50%+fp8g128", "lanes", (1,)),
     ("2:4+int8+a8", "masked", (16, 512)),
     ("tile1x16@50%+int4g128", "masked", (16,)),
 )
