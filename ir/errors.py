@@ -46,6 +46,10 @@ class ArtifactError(SparsefxError, ValueError):
     """A saved folder is truncated, altered, hostile or of an unknown version."""
 
 
+class AdapterError(ArtifactError):
+    """An adapter's files are not sound, or do not fit the model; nothing was changed."""
+
+
 class MissingPackageError(SparsefxError, ImportError):
     """An optional package is needed; the message holds the pip command."""
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import secrets
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsefx.ir.errors import ArtifactError
-
-PREFIX = "base_model.model."
-KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.\w+)?\.weight")
+from sparsefx.runtime.adapter_files import CONFIG, open_adapter, read_lora
 
 
 def export_adapter(
@@ -48,38 +43,13 @@ def export_adapter(
 
 def read_peft(folder: Path) -> dict[str, Tensor]:
     """`<module>.lora_A.weight` (r, K) and `<module>.lora_B.weight` (N, r), float32, B scaled."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtifactError(f"'{folder}' is no PEFT LoRA folder: {error}") from error
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = KEY.fullmatch(key.removeprefix(PREFIX))
-        if match is None or tensor.dim() != 2:
-            raise ArtifactError(f"'{key}' is no matrix of a LoRA; keys are {sorted(state)[:6]}")
-        found.setdefault(match["module"], {})[match["part"]] = tensor.float()
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"'{folder}' is no PEFT LoRA folder: it has no {CONFIG}")
     out: dict[str, Tensor] = {}
-    for module, parts in found.items():
-        if set(parts) != {"lora_A", "lora_B"} or len(parts["lora_A"]) != parts["lora_B"].shape[1]:
-            raise ArtifactError(f"'{module}' needs lora_A (r, K) and lora_B (N, r) of one rank")
-        out[f"{module}.lora_A.weight"] = parts["lora_A"].contiguous()
-        scaled = parts["lora_B"] * _scaling(config, module, len(parts["lora_A"]), folder)
-        out[f"{module}.lora_B.weight"] = scaled.contiguous()
+    for module, (a, b) in read_lora(open_adapter(folder)).items():
+        out[f"{module}.lora_A.weight"] = a.contiguous()
+        out[f"{module}.lora_B.weight"] = b.contiguous()
     return out
-
-
-def _scaling(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
-    """alpha / r, as the configuration has it for this module."""
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        alpha = value if re.search(rf"(^|\.){pattern}$", module) else alpha
-    if not isinstance(alpha, (int, float)):
-        raise ArtifactError(f"'{folder}/adapter_config.json' has no lora_alpha")
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _slots(base: Path) -> dict[str, tuple[int | str, ...]]:

@@ -142,12 +142,12 @@ def broken(folder: Path, how: str) -> None:
     elif how == "half":
         save_file({"base_model.model.0.q_proj.lora_A.weight": torch.zeros(2, 64)}, weights)
     elif how == "shape":
-        parts = {"A": torch.zeros(2, 65), "B": torch.zeros(48, 2)}
+        parts = {"A": torch.zeros(4, 65), "B": torch.zeros(48, 4)}
         save_file(
             {f"base_model.model.0.q_proj.lora_{p}.weight": t for p, t in parts.items()}, weights
         )
     else:
-        parts = {"A": torch.zeros(2, 64), "B": torch.zeros(48, 2)}
+        parts = {"A": torch.zeros(4, 64), "B": torch.zeros(48, 4)}
         save_file(
             {f"base_model.model.9.q_proj.lora_{p}.weight": t for p, t in parts.items()}, weights
         )
