@@ -20,6 +20,9 @@ help:
 	@echo 'make bench-e2e  time whole models against other engines (an hour; ARGS=--help)'
 	@echo 'make bench-ort  time exported files in ONNX Runtime against its own quantisers (20 minutes)'
 	@echo 'make bench-gpu  time every kind of weight on this GPU against other kernels (9 minutes)'
+	@echo 'make bench-adapters  switching and running adapters beside PEFT (5 minutes)'
+	@echo 'make bench-passes  what graph passes take, and times predicted beside measured ones'
+	@echo 'make frontier   quality against latency and size, beside other quantisers (an hour)'
 	@echo 'make test-gpu   the tests that need a GPU'
 	@echo 'make roofline   the least time of every kind of weight on GPUs, from compiled code'
 	@echo 'make lint       style, formatting and types'
@@ -48,6 +51,16 @@ bench-e2e: .venv/e2e.stamp
 
 bench-ort: .venv/ort.stamp
 	@$(BIN)/python -m benchmarks.ort $(ARGS)
+
+bench-adapters: .venv/models.stamp
+	@$(BIN)/python -m benchmarks.adapters $(ARGS)
+
+bench-passes: .venv/dev.stamp
+	@$(BIN)/python -m benchmarks.pass_time $(ARGS)
+	@$(BIN)/python -m benchmarks.cost
+
+frontier: .venv/ort.stamp
+	@$(BIN)/python -m benchmarks.frontier $(ARGS)
 
 roofline: .venv/dev.stamp
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.gpu_roofline
@@ -164,4 +177,4 @@ build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
 
 .PHONY: help demo test test-slow check-zoo test-neon test-sanitize test-mutations \
         test-mutations-triton test-old-ort roofline \
-        bench-cpu bench-e2e bench-ort bench-gpu test-gpu lint wheel clean
+        bench-cpu bench-e2e bench-ort bench-adapters bench-passes frontier bench-gpu test-gpu lint wheel clean

@@ -1,20 +1,23 @@
-"""Perplexity of SmolLM2 after one-shot compression, calibrated on one novel, judged on another.
+"""Perplexity of SmolLM2 after compression, calibrated on one novel, judged on another.
 
-    SPARSEFX_AUSTEN=… python benchmarks/quality.py    # writes benchmarks/results/quality.json
+    SPARSEFX_AUSTEN=… python -m benchmarks.quality              # every row that takes minutes
+    SPARSEFX_AUSTEN=… python -m benchmarks.quality --only recovered
 
-Calibration: 16×512 tokens of "Emma"; evaluation: 8×512 tokens of "Persuasion", as printed. The
-novels come from Debian's r-cran-janeaustenr (`apt-get install r-cran-janeaustenr`, or
+Calibration: up to 128×512 tokens of "Emma"; evaluation: 8×512 tokens of "Persuasion", as printed.
+The novels come from Debian's r-cran-janeaustenr (`apt-get install r-cran-janeaustenr`, or
 `apt-get download` and `dpkg-deb -x`, with SPARSEFX_AUSTEN naming the `data` folder inside).
-Every spec runs in a process of its own, so that its peak memory is its own.
+Every row runs in a process of its own, so that its peak memory is its own, and is written to
+benchmarks/results/quality.json at once: rows of earlier runs stay until they are run again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,63 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-LIMITS = {"bitmap@50%": 1.55, "bitmap@50%+int4g128": 1.90, "2:4": 2.4}
-"""The most that perplexity may grow, as a multiple of dense."""
-SPECS = (*LIMITS, "int4g128", "tile16x1@25%", "int3g128")
+from sparsefx.codegen.crossover import processor
+
 RESULTS = Path(__file__).parent / "results" / "quality.json"
+SPARSE4 = "bitmap@50%+int4g128"
+SHORT = {"epochs": 4, "scale_epochs": 1, "whole_epochs": 2}
+"""Recovery that takes less than an hour on two cores."""
 
 
-def measure(spec: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: how the model is compressed, and with how many sequences."""
+
+    name: str
+    spec: dict[str, Any]
+    limit: float | None = None
+    """The most that perplexity may grow, as a multiple of dense."""
+    sequences: int = 16
+    long: bool = False
+    """Takes more than some minutes; run when asked for by name."""
+
+
+def _one_shot(text: str, limit: float | None = None, sequences: int = 16, **spec: Any) -> Row:
+    more = " ".join(f"{key}={value}" for key, value in spec.items())
+    name = " ".join(filter(None, (text, more, f"({sequences})" if sequences != 16 else "")))
+    return Row(name, {"format": text, **spec}, limit, sequences)
+
+
+def _recovered(text: str, limit: float) -> Row:
+    return Row(f"{text} recovered", {"format": text, "recovery": SHORT}, limit, 128, long=True)
+
+
+ROWS = (
+    _one_shot("bitmap@50%", 1.55),
+    _one_shot("int4g128"),
+    _one_shot("tile16x1@25%"),
+    _one_shot("2:4", 2.4),
+    _one_shot("int3g128", 1.6, 64),
+    _one_shot(SPARSE4, 1.45, 64),
+    _one_shot("2:4+int4g128", 1.9, 64),
+    _one_shot("tile16x1@25%+int4g128+r32", 1.6, 64),
+    _one_shot(SPARSE4, criterion="random", solver="nearest", after=[]),
+    _one_shot(SPARSE4, criterion="magnitude", solver="nearest", after=[]),
+    _one_shot(SPARSE4, criterion="wanda", solver="nearest", after=[]),
+    _one_shot(SPARSE4, criterion="wanda"),
+    _one_shot(SPARSE4, after=[]),
+    _one_shot(SPARSE4),
+    _one_shot(SPARSE4, ratios="outlier"),
+    _one_shot(SPARSE4, ratios="sensitivity"),
+    _one_shot(SPARSE4, smooth=True),
+    _recovered(SPARSE4, 1.25),
+    _recovered("2:4+int4g128", 1.45),
+    _recovered("tile16x1@25%+int4g128+r32", 1.3),
+    _recovered("tile16x1@50%+int4g128+r32", 2.2),
+)
+
+
+def measure(row: Row | None) -> dict[str, Any]:
     """Compress, then judge; perplexities, seconds, and bytes of memory before and at the peak."""
     import sparsefx
     from sparsefx.models.smollm2 import causal_lm, perplexity, tokenizer
@@ -42,64 +95,80 @@ def measure(spec: str) -> dict[str, Any]:
         return ids[2000 : 2000 + count * 512]
 
     held_out = tokens("Persuasion", 8)
-    if spec == "dense":
-        return {"spec": spec, "perplexity": perplexity(causal_lm(), held_out)}
-    batches = [{"input_ids": row[None]} for row in tokens("EMMA", 16).view(16, 512)]
+    if row is None:
+        return {"name": "dense", "perplexity": perplexity(causal_lm(), held_out)}
+    ids = tokens("EMMA", row.sequences).view(row.sequences, 512)
+    batches = [{"input_ids": sequence[None]} for sequence in ids]
     model = causal_lm()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     start = time.perf_counter()
     sparsefx.sparsify(
-        model, spec, example_inputs={"input_ids": batches[0]["input_ids"][:, :32]},
+        model, row.spec, example_inputs={"input_ids": batches[0]["input_ids"][:, :32]},
         calibration=batches,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     packed = [m.packed for m in packed_modules(model).values()]
     return {
-        "spec": spec,
+        "name": row.name,
+        "spec": row.spec,
+        "sequences": row.sequences,
         "perplexity": perplexity(model, held_out),
         "seconds": round(seconds, 1),
         "bits": round(8 * sum(p.stored_bytes for p in packed) / sum(p.n * p.k for p in packed), 3),
         "model_mb": round(weights / 1e6),
         "before_mb": round(before / 1e6),
         "peak_mb": round(sparsefx.explain(model).peak_bytes / 1e6),
+        "threads": torch.get_num_threads(),
+        "cpu": processor(),
     }
 
 
 def main() -> None:
-    """Measure every spec in its own process, print the table, write the results."""
-    rows = []
-    for spec in ("dense", *SPECS):
-        Console(stderr=True).print(f"[dim]{spec} …[/]")
-        done = subprocess.run(
-            [sys.executable, __file__, spec], stdout=subprocess.PIPE, text=True, check=True
-        )
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-    dense = rows[0]["perplexity"]
+    """Measure the chosen rows, each in its own process; print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="rows whose name has this")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row is not None:
+        row = next((row for row in ROWS if row.name == options.row), None)
+        print(json.dumps(measure(row)))
+        return
+    found = {row["name"]: row for row in _saved()}
+    chosen = [r.name for r in ROWS if options.only in r.name and (options.only or not r.long)]
+    for name in [*(["dense"] if "dense" not in found else []), *chosen]:
+        Console(stderr=True).print(f"[dim]{name} …[/]", markup=True, highlight=False)
+        command = [sys.executable, "-m", "benchmarks.quality", "--row", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        ordered = [found[n] for n in ("dense", *(r.name for r in ROWS)) if n in found]
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
+    Console().print(_table(found))
+
+
+def _saved() -> list[dict[str, Any]]:
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return [row for row in rows if "name" in row]
+
+
+def _table(found: dict[str, dict[str, Any]]) -> Table:
+    dense = found["dense"]["perplexity"]
     table = Table(title=f"SmolLM2-135M (dequantised from Q4_1), dense perplexity {dense:.2f}")
-    for head in ("spec", "bits", "perplexity", "× dense", "at most", "s", "memory before/peak MB"):
-        table.add_column(head, justify="left" if head == "spec" else "right")
-    for row in rows[1:]:
-        row["ratio"] = round(row["perplexity"] / dense, 3)
-        limit = LIMITS.get(row["spec"])
+    heads = ("how", "bits", "perplexity", "× dense", "at most", "s", "memory before/peak MB")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "how" else "right")
+    for wanted in ROWS:
+        if (row := found.get(wanted.name)) is None:
+            continue
+        limit = "" if wanted.limit is None else f"{wanted.limit:.2f}"
         table.add_row(
-            row["spec"], f"{row['bits']:.2f}", f"{row['perplexity']:.1f}", f"{row['ratio']:.2f}",
-            "" if limit is None else f"{limit:.2f}", f"{row['seconds']:.0f}",
+            row["name"], f"{row['bits']:.2f}", f"{row['perplexity']:.1f}",
+            f"{row['perplexity'] / dense:.2f}", limit, f"{row['seconds']:.0f}",
             f"{row['before_mb']} / {row['peak_mb']}",
         )  # fmt: skip
-    Console().print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    machine = {"threads": torch.get_num_threads(), "machine": platform.machine(), "cpu": _cpu()}
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return next((x.partition(":")[2].strip() for x in info.splitlines() if "model name" in x), "")
+    return table
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
-    else:
-        main()
+    main()

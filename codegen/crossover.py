@@ -3,6 +3,7 @@
 The cost of each is taken as a line in M, time = a + b · M: unpacking a weight is paid once, a dense
 product per row. The lines are measured on a 1024×1024 weight the first time that a format meets
 `LEAST` rows (a quarter of a second), and the crossing is kept per machine in the user's cache.
+`passes.predict.thresholds` solves the same for any number of kernels over expressions in M.
 `SPARSEFX_TUNE=off` always takes the engine, `cached` measures nothing new, `full` is the default.
 """
 
@@ -46,7 +47,7 @@ def rows(fmt: Format, dtype: torch.dtype, engine: native.Engine, name: str, riva
     wanted = mode()
     if wanted == "off" or fmt.rejects(SIZE, SIZE):
         return NEVER
-    machine = "|".join((_cpu(), torch.__version__, engine.isa, str(torch.get_num_threads())))
+    machine = "|".join((processor(), torch.__version__, engine.isa, str(torch.get_num_threads())))
     key = f"crossover {native.ABI}|{machine}|{fmt}|{dtype}|{name}"
 
     def make() -> bytes:
@@ -101,7 +102,7 @@ def _engine_run(engine: native.Engine, packed: Packed) -> Run:
 
 
 @lru_cache(maxsize=1)
-def _cpu() -> str:
+def processor() -> str:
     """The processor's name: a home folder may be shared by several machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

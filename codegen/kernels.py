@@ -20,6 +20,7 @@ from sparsefx.ir.codecs import Codec, Float, Int
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.layouts import Dense, Layout
 from sparsefx.ir.op import add_branch, quantize_rows, reference, stored, use_kernel
+from sparsefx.ir.plugins import Plugged
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def _int8_run(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[T
 def _native_rejects(fmt: Format, problem: Problem) -> str | None:
     if isinstance(fmt.layout, Dense) and isinstance(fmt.codec, Float):
         return "dense floats: torch multiplies them best"
+    if not isinstance(fmt.codec, Float | Int):
+        return f"holds integer codes and plain floats, not '{fmt.codec}'"
     if problem.dtype not in native.TYPES:
         return f"computes in float32, not {problem.dtype}"
     if not problem.n * problem.k:
@@ -105,15 +108,20 @@ def _native_rows(fmt: Format, problem: Problem) -> tuple[int, str]:
     return crossover.rows(plain, problem.dtype, engine, rival.name, rival.run), rival.name
 
 
-def _native_run(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor]) -> Tensor:
-    """The CPU engine (`runtime/native/`) over the weight in its own order."""
-    engine = native.engine()
-    assert engine is not None
-    product = PRODUCTS.get(
+def prepared(engine: native.Engine, packed: Packed) -> Product:
+    """The weight in the engine's order, brought into it where that was not done before."""
+    return PRODUCTS.get(
         packed.buffers,
         lambda current: Product(engine, packed, current, crossover.LEAST),
         lambda found: found.packs(packed),
     )
+
+
+def _native_run(x: Tensor, packed: Packed, bias: Tensor | None, branch: Sequence[Tensor]) -> Tensor:
+    """The CPU engine (`runtime/native/`) over the weight in its own order."""
+    engine = native.engine()
+    assert engine is not None
+    product = prepared(engine, packed)
     if x.numel() >= crossover.LEAST * packed.k:
         problem = Problem(None, packed.n, packed.k, x.dtype, "cpu")
         product.serve(*_native_rows(packed.format, problem))
@@ -150,7 +158,15 @@ def _triton(order: str) -> Kernel:
 INT8 = Kernel("int8_matmul", Dense, Int, "cpu", _int8_run, _int8_rejects)
 NATIVE = Kernel("cpu_native", Layout, Codec, "cpu", _native_run, _native_rejects, _native_details)
 UNPACK = Kernel("unpack_then_dense", Layout, Codec, "*", reference)
-KERNELS: list[Kernel] = [NATIVE, INT8, *map(_triton, triton.ORDERS), UNPACK]
+
+
+def _kernel(row: Any) -> str | None:
+    return None if isinstance(row, Kernel) else f"{row!r} is no Kernel"
+
+
+OURS = (NATIVE, INT8, *map(_triton, triton.ORDERS), UNPACK)
+KERNELS: Plugged[Kernel] = Plugged("sparsefx.kernels", _kernel, (), OURS)
+"""Rows of other packages (entry points `sparsefx.kernels`) are asked first."""
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from sparsefx.ir.codecs import Float, Int
 from sparsefx.ir.errors import ShapeError, SpecError, WeightError
 from sparsefx.ir.format import Format, Packed
 
-ABI = 1
+ABI = 2
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Data types of activations, as `enum sfx_type` numbers them."""
 CODE = 3
@@ -75,6 +75,8 @@ class Engine:
         self.path, self._lib = path, lib
         self.run = lib["sfx_linear"]
         """`sfx_linear` over pointers that are converted already."""
+        self.run_parts = lib["sfx_linear_parts"]
+        """`sfx_linear_parts`, its parts and its call as bytes."""
         self.error = ctypes.create_string_buffer(ERROR)
 
     @property

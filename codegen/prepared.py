@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.codegen import native
+from sparsefx.codegen.active_ranks import Ranks
 from sparsefx.codegen.native import TYPES
 from sparsefx.ir.codecs import Int
 from sparsefx.ir.errors import WeightError
@@ -59,6 +60,7 @@ def unchanged(tensors: Sequence[Tensor]) -> Current:
     counted = not any(tensor.is_inference() for tensor in tensors)
     count: Callable[[Tensor], int] = VERSION if counted else id
     state = [(id(tensor), tensor.data_ptr(), count(tensor)) for tensor in tensors]
+    keys, places, counts = ([*column] for column in zip(*state, strict=True))
     (a, a_at, a_count), (b, b_at, b_count), (c, c_at, c_count), *_ = [*state, *[(0, 0, 0)] * 3]
 
     def two(given: Sequence[Tensor]) -> bool:
@@ -82,9 +84,11 @@ def unchanged(tensors: Sequence[Tensor]) -> Current:
         )  # fmt: skip
 
     def several(given: Sequence[Tensor]) -> bool:
-        return [*map(id, given)] == [key for key, *_ in state] and state == [
-            (id(tensor), tensor.data_ptr(), count(tensor)) for tensor in given
-        ]
+        return (
+            [*map(id, given)] == keys
+            and [tensor.data_ptr() for tensor in given] == places
+            and [*map(count, given)] == counts
+        )
 
     return {2: two, 3: three}.get(len(tensors), several)
 
@@ -188,16 +192,18 @@ def branch_call(engine: native.Engine, branch: Sequence[Tensor]) -> tuple[bytes,
 
     What is trained is edited between calls: packing it would cost more than it gains.
     """
-    down, up, scale = branch
+    down, up, _ = branch
     if down.requires_grad or up.requires_grad:
         return PLAIN, None
-    pair = BRANCHES.find((down, up)) or BRANCHES.get(
-        (down, up),
-        lambda current: native.branch_weights(engine, branch)[:2],
-        lambda found: True,
+    ranks = BRANCHES.find((down, up)) or BRANCHES.get(
+        (down, up), lambda current: Ranks(engine), lambda found: True
     )
-    scale = vector(scale, down.shape[0], torch.float32)
-    return REST(0, 0, pair[0].handle, pair[1].handle, scale.data_ptr(), 0, 0), (pair, scale)
+    active = ranks.active(branch)
+    if active.pair is None:
+        return PLAIN, active
+    first, second = active.pair
+    scale_at = active.scale.data_ptr()
+    return REST(0, 0, first.handle, second.handle, scale_at, 0, 0), active
 
 
 def vector(values: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -208,7 +214,9 @@ def vector(values: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
 
 PRODUCTS: Store[Product] = Store()
-BRANCHES: Store[tuple[native.Weight, native.Weight]] = Store()
+JOINED: Store[Callable[..., list[Tensor] | None]] = Store()
+"""Several weights of one call (`codegen.fused`), by the buffers of all; quickly made anew."""
+BRANCHES: Store[Ranks] = Store()
 
 
 def forget(tensors: Iterable[Tensor]) -> None:
@@ -216,3 +224,4 @@ def forget(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         PRODUCTS.entries.pop(id(tensor), None)
         BRANCHES.entries.pop(id(tensor), None)
+    JOINED.entries.clear()

@@ -123,8 +123,8 @@ def uses(graph: Graph, weights: Mapping[Node, Tensor]) -> list[Use]:
     for node, weight in weights.items():
         if weight.dim() >= 2:
             found += _walk(node, weight)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return sorted(found, key=lambda use: order[use.node])
+    # Nodes compare by their place in the graph: no walk over all of it for one weight's few uses.
+    return sorted(found, key=lambda use: use.node)
 
 
 def other_readers(node: Node) -> list[Node]:

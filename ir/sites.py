@@ -73,6 +73,10 @@ class Traced:
     """Weights that are to be packed, and how."""
     results: dict[Node, Any] = field(default_factory=dict)
     """What packing them gave (`passes.compress.Result`)."""
+    frozen: dict[Node, Tensor] = field(default_factory=dict)
+    """Weights whose values passes read: editing them makes the graph wrong."""
+    notes: list[str] = field(default_factory=list)
+    """What passes left as it was, and why."""
 
 
 @dataclass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from sparsefx.ir.errors import SpecError
 from sparsefx.ir.format import Format
+from sparsefx.ir.fused import ACTIVATIONS
 from sparsefx.ir.products import op_name, value
 
 
@@ -28,6 +30,32 @@ def _linear(node: Node) -> str | None:
     return None
 
 
+def _several(node: Node) -> str | None:
+    """`linears` and `fused`: as many of everything as there are formats; each part as alone."""
+    args: tuple[Any, ...] = node.args
+    _, weight, bias, branch, text, n, *epilogue = args
+    try:
+        formats = [Format.parse(part) for part in str(text).split("|")]
+    except SpecError as error:
+        return str(error)
+    count = len(formats)
+    wanted = sum(len(fmt.buffers) for fmt in formats), count, 3 * count, count
+    given = tuple(len(part) for part in (weight, bias, branch, n))
+    may_be_empty = (False, True, True, False)
+    sizes = zip(given, wanted, may_be_empty, strict=True)
+    if not all(have == want or (may and not have) for have, want, may in sizes):
+        names = "buffers, biases, branch tensors, sizes"
+        return f"{len(formats)} formats need {wanted} {names}; the node has {given}"
+    if not epilogue:
+        return None
+    if epilogue[0] not in ACTIVATIONS:
+        return f"no activation {epilogue[0]!r}; there are {', '.join(ACTIVATIONS)}"
+    gate = n[1:]
+    if len(gate) > 1 or any(size != n[0] for size in gate):
+        return f"an epilogue is of one product, or of two of one n; the node has {n}"
+    return None
+
+
 def _plain_linear(node: Node) -> str | None:
     x, weight = value(node.args[0]), value(node.args[1])
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
@@ -39,6 +67,8 @@ def _plain_linear(node: Node) -> str | None:
 
 SPEC: Mapping[str, Callable[[Node], str | None]] = {
     "sparsefx::linear": _linear,
+    "sparsefx::linears": _several,
+    "sparsefx::fused": _several,
     "aten::linear": _plain_linear,
 }
 

@@ -12,10 +12,11 @@ from sparsefx.ir.format import Packed
 from sparsefx.ir.op import LINEAR
 from sparsefx.ir.products import Use, argument, uses
 from sparsefx.ir.sites import Traced
-from sparsefx.passes.compress import Result, compress_site
+from sparsefx.passes.compress_site import Result, compress_site
 from sparsefx.passes.manager import graph_pass
 from sparsefx.passes.normalise import operands, products_are_linear
 from sparsefx.passes.outliers import NOT_PROBED
+from sparsefx.passes.recipe import Recipe
 
 
 def no_chosen_weight_is_dense(traced: Traced) -> str | None:
@@ -32,9 +33,11 @@ def pack(traced: Traced) -> bool:
     for weight, choice in traced.chosen.items():
         matrix = choice.site.matrix(traced.weights[weight])
         note = NOT_PROBED if choice.format.a8 else ""
-        result = compress_site(choice.site, matrix, None, choice.format, "magnitude", 0.0, note)
+        result = compress_site(choice.site, matrix, choice.format, Recipe(), note=note)
         traced.results[weight] = result
         found = uses(traced.graph, {weight: traced.weights[weight]})
+        if not found:  # nothing multiplies by it any more
+            continue
         attributes = _attach(traced.graph, found[0].node, result)
         for use in found:
             _replace(traced.graph, use, result.packed, *attributes)

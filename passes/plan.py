@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sparsefx.ir.errors import SpecError, WeightError
 from sparsefx.ir.format import Format
-from sparsefx.ir.sites import Site
+from sparsefx.ir.sites import Site, Traced, parameter_names
+from sparsefx.passes.fuse_branches import low_rank_weights
 from sparsefx.passes.replaceable import reads_weight
-from sparsefx.passes.spec import Spec, check_patterns
+from sparsefx.passes.spec import Spec, check_patterns, matches
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,11 +31,26 @@ class Choice:
         return self.format.is_dense
 
 
-def plan(model: nn.Module, sites: Sequence[Site], spec: Spec) -> list[Choice]:
-    """One Choice per Site in call order. Raises SpecError or WeightError listing all bad layers."""
+def plan(
+    model: nn.Module, sites: Sequence[Site], spec: Spec, graphs: Sequence[Traced] = ()
+) -> list[Choice]:
+    """One Choice per Site in call order. Raises SpecError or WeightError listing all bad layers.
+
+    Low-rank branches found in `graphs` (LoRA's A and B) stay dense unless they are asked for.
+    """
     classes = {site.name: owner_classes(model, site) for site in sites}
     check_patterns(spec, [(site.names, classes[site.name]) for site in sites])
-    choices = [_choose(model, site, spec, classes[site.name]) for site in sites]
+    bases = low_rank_bases(graphs, parameter_names(model))
+    known = {site.name: site.names for site in sites}
+    choices = []
+    for site in sites:
+        choice = _choose(model, site, spec, classes[site.name])
+        base = bases.get(site.name, "")
+        if base in known and not choice.dense:
+            named = [(site.names, classes[site.name]), (known[base], classes[base])]
+            if not asked_for(spec, *named):
+                choice = Choice(site, Format(), low_rank_reason(base))
+        choices.append(choice)
     chosen = [(c, model.get_parameter(c.site.name)) for c in choices if not c.dense]
     if not sites:
         raise SpecError(
@@ -42,6 +58,39 @@ def plan(model: nn.Module, sites: Sequence[Site], spec: Spec) -> list[Choice]:
         )
     check(chosen)
     return choices
+
+
+def low_rank_bases(
+    graphs: Sequence[Traced], names: Mapping[int, tuple[str, ...]]
+) -> dict[str, str]:
+    """Names of A and B of low-rank branches → name of the weight they are added to.
+
+    `names` are those of parameters by their id, as `ir.sites.parameter_names` gives them.
+    """
+    out: dict[str, str] = {}
+    for traced in graphs:
+        for part, base in low_rank_weights(traced).items():
+            a, b = names.get(id(traced.weights[part])), names.get(id(traced.weights[base]))
+            if a and b:
+                out[a[0]] = b[0]
+    return out
+
+
+def low_rank_reason(base: str) -> str:
+    """Why A and B of a branch of the weight `base` stay dense."""
+    return f"low-rank branch of {base}, computed with it; name it in 'overrides' to pack it"
+
+
+def asked_for(
+    spec: Spec,
+    part: tuple[tuple[str, ...], tuple[str, ...]],
+    base: tuple[tuple[str, ...], tuple[str, ...]],
+) -> bool:
+    """Whether a filter names a branch's matrix and not its base; each is (names, classes)."""
+    return any(
+        matches(pattern, *part) and not matches(pattern, *base)
+        for pattern in (*spec.targets, *spec.overrides)
+    )
 
 
 def owner_classes(model: nn.Module, site: Site) -> tuple[str, ...]:

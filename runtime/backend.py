@@ -15,13 +15,13 @@ from torch import Tensor, fx
 from torch._dynamo.guards import GuardBuilder
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparsefx.codegen import kernels  # noqa: F401  (registers the kernel table with the op)
+from sparsefx.codegen import fused, kernels  # noqa: F401  (kernels of the ops)
 from sparsefx.ir.capture import placeholder_weights
 from sparsefx.ir.errors import FrozenWeightError, SpecError, StaleWeightError, nearest
 from sparsefx.ir.sites import ChosenFormat, Traced, group_sites
 from sparsefx.passes.manager import run_passes
 from sparsefx.passes.pipeline import PASSES
-from sparsefx.passes.plan import Choice, check
+from sparsefx.passes.plan import Choice, asked_for, check, low_rank_bases, low_rank_reason
 from sparsefx.passes.spec import Spec
 from sparsefx.runtime.report import Row
 
@@ -56,14 +56,19 @@ def sparsefx(
     spec = Spec.read(options.get("spec", "int8"))
     traced = Traced(gm.graph, placeholder_weights(gm, inputs))
     _choose(traced, spec)
-    for node in traced.chosen:
-        _only_for(node)
+    chosen = list(traced.chosen)  # folding puts others in their place
+    read = {node: tensor for node, tensor in traced.weights.items() if node.users}
+    packed = {c.site.name: traced.weights[node] for node, c in traced.chosen.items()}
     run_passes(traced, PASSES)
     gm.recompile()
-    for node, result in traced.results.items():
-        COMPILED[traced.weights[node]].compressed(result, {})
-    frozen = {c.site.name: traced.weights[node] for node, c in traced.chosen.items()}
-    return _guarded(INNER[inner](gm, inputs), frozen)
+    for result in traced.results.values():
+        COMPILED[packed[result.site.name]].compressed(result, {})
+    unread = {node: tensor for node, tensor in read.items() if not node.users}
+    frozen = unread | traced.frozen
+    for node in (*chosen, *frozen):
+        _only_for(node)
+    by_name = {weight_name(node): tensor for node, tensor in frozen.items()}
+    return _guarded(INNER[inner](gm, inputs), by_name)
 
 
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -82,14 +87,18 @@ def _choose(traced: Traced, spec: Spec) -> None:
     nodes = {id(t): node for node, t in traced.weights.items()}
     tensors = {id(t): t for t in traced.weights.values()}
     keys = {n[0]: key for key, n in names.items()}
+    bases = low_rank_bases([traced], names)
     choices: list[Choice] = []
     for site in group_sites(names, [traced]):
-        node = nodes[keys[site.name]]
-        fmt, reason = spec.format_for(site.names, module_classes(node))
+        node, base = nodes[keys[site.name]], bases.get(site.name, "")
+        classes = module_classes(node)
+        fmt, reason = spec.format_for(site.names, classes)
+        own = (site.names, classes)
         if site.kind in ("refused", "opaque"):
-            choices.append(Choice(site, type(fmt)(), site.reason))
-        else:
-            choices.append(Choice(site, fmt, reason))
+            fmt, reason = type(fmt)(), site.reason
+        elif base and not asked_for(spec, own, ((base,), module_classes(nodes[keys[base]]))):
+            fmt, reason = type(fmt)(), low_rank_reason(base)
+        choices.append(Choice(site, fmt, reason))
     check([(c, tensors[keys[c.site.name]]) for c in choices if not c.dense])
     for choice in choices:
         key = keys[choice.site.name]

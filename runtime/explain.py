@@ -13,9 +13,12 @@ from torch import nn
 
 from sparsefx.codegen import native
 from sparsefx.codegen.kernels import UNPACK, Problem, choose, describe
+from sparsefx.ir import plugins
 from sparsefx.ir.format import Format
+from sparsefx.passes.manager import PassRecord, records_of
 from sparsefx.runtime.install import packed_modules
 from sparsefx.runtime.modules import PackedWeight, SparseParameter
+from sparsefx.runtime.plan_file import Plan, price_table
 from sparsefx.runtime.report import Report, Row, as_text, attached
 
 if TYPE_CHECKING:
@@ -34,6 +37,23 @@ class Line:
 
 
 @dataclass
+class PassLine:
+    """What a pass did to one graph. `bytes`, `operations` (multiply-adds) and `launches` are
+    before → after where they changed, in the graph's open sizes (`s0`, …).
+    """
+
+    graph: int
+    name: str
+    changed: bool
+    seconds: float
+    nodes: str
+    bytes: str
+    operations: str
+    launches: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
 class Explanation:
     """Printable (`print`, a notebook, rich) and plain data (`to_dict`, `to_json`)."""
 
@@ -43,11 +63,20 @@ class Explanation:
     peak_bytes: int = 0
     engine: str = ""
     """The CPU engine's instruction set and threading, or why there is none."""
+    passes: list[PassLine] = field(default_factory=list)
+    """Of every graph compiled for the model, where `explain(…, passes=True)` asked for them."""
+    plugins: list[str] = field(default_factory=list)
+    """What other packages bring that had to be left out, and why."""
+    plan: Plan | None = None
+    """What `auto` found: the price of every candidate of every weight."""
+    steps: bool = False
+    """Whether tables show what each step of compression did to the output error."""
 
     @property
     def fallbacks(self) -> list[str]:
         """Every place where something other than what was asked for, or fastest, is used."""
         out = [f"capture: {note}" for note in self.notes]
+        out += [f"plugin left out: {problem}" for problem in self.plugins]
         if native.engine() is None or "serial" in self.engine:
             out += [self.engine] * any(line.kernel != "dense" for line in self.lines)
         for line in self.lines:
@@ -71,11 +100,12 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(model: Any) -> Explanation:
+def explain(model: Any, passes: bool = False, steps: bool = False) -> Explanation:
     """What sparsefx did to `model`: a sparsified or loaded module, or a `torch.compile`d one.
 
     For `torch.compile(…, backend="sparsefx")` the weights packed at compile time are shown once
-    the model has run.
+    the model has run; with `passes` also what each graph pass changed, saved and refused, with
+    `steps` what each step of compression left as output error.
     """
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
@@ -89,7 +119,12 @@ def explain(model: Any) -> Explanation:
         if not any(name in (row.name, *row.aliases) for row in rows.values()):
             rows[name] = _row(name, module)
     lines = [_line(row, modules.get(row.name)) for row in rows.values()]
-    return Explanation(lines, report.notes, report.seconds, report.peak_bytes, _engine())
+    tensors = [*inner.parameters(), *inner.buffers()] if passes else []
+    return Explanation(
+        lines, report.notes, report.seconds, report.peak_bytes, _engine(),
+        [_pass(i, record) for i, run in enumerate(records_of(tensors)) for record in run],
+        plugins.problems(), report.plan, steps,
+    )  # fmt: skip
 
 
 def _engine() -> str:
@@ -155,6 +190,44 @@ def _line(row: Row, module: PackedWeight | None) -> Line:
     return Line(row, name, refused, memory)
 
 
+def _pass(graph: int, record: PassRecord) -> PassLine:
+    a, b = record.before, record.after
+    pairs = ((a.bytes, b.bytes), (a.operations, b.operations), (a.launches, b.launches))
+    nodes, moved, operations, launches = (_change(*pair) for pair in (record.nodes, *pairs))
+    notes = list(record.notes)
+    if b.unknown:
+        notes.append(f"{b.unknown} launches of unknown shape are not in bytes and operations")
+    return PassLine(
+        graph, record.name, record.changed, record.seconds, nodes, moved, operations, launches,
+        tuple(notes),
+    )  # fmt: skip
+
+
+def _change(before: Any, after: Any) -> str:
+    old, new = _amount(before), _amount(after)
+    return new if old == new else f"{old} → {new}"
+
+
+def _amount(size: Any) -> str:
+    """A number or expression with coefficients in thousands: `73.7k·s0 + 4.2M`."""
+    if isinstance(size, int):
+        return _short(size)
+    parts = []
+    for term in size.expand().as_ordered_terms():
+        number, rest = term.as_coeff_Mul()
+        parts.append(_short(number) if rest == 1 else f"{_short(number)}·{rest}".replace("**", "^"))
+    return " + ".join(parts)
+
+
+def _short(number: Any) -> str:
+    value, unit = float(number), ""
+    for larger in ("k", "M", "G", "T"):
+        if abs(value) < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.4g}{unit}"
+
+
 def _render(e: Explanation) -> Iterator[RenderableType]:
     from rich.table import Table
     from rich.text import Text
@@ -185,3 +258,46 @@ def _render(e: Explanation) -> Iterator[RenderableType]:
     yield Text(e.engine + (f"; its copies take {copies / 1e6:.2f} MB of memory" * (copies > 0)))
     for note in e.notes:
         yield Text(f"capture fell back: {note}")
+    for problem in e.plugins:
+        yield Text(f"plugin left out: {problem}")
+    if e.steps:
+        yield _step_table(e.lines)
+    if e.plan is not None:
+        yield price_table(e.plan)
+    if e.passes:
+        yield _pass_table(e.passes)
+
+
+def _step_table(lines: list[Line]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("weight", "relative output error after each step", title_justify="left")
+    table.title = "how each weight was compressed (undone steps in brackets)"
+    for line in lines:
+        shown = [
+            f"{step['name']} {step['error']:.4f}" if step["kept"]
+            else f"[{step['name']} {step['error']:.4f}]"
+            for step in line.row.steps
+        ]  # fmt: skip
+        if shown:
+            table.add_row(Text(line.row.name), Text(" → ".join(shown)))
+    return table
+
+
+def _pass_table(lines: list[PassLine]) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="what each pass did (cost before → after)", title_justify="left")
+    left = ("pass", "because")
+    for name in ("graph", "pass", "changed", "ms", "nodes", "bytes", "multiply-adds", "launches",
+                 "because"):  # fmt: skip
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    for line in lines:
+        table.add_row(
+            str(line.graph), line.name, "yes" if line.changed else "no",
+            f"{1e3 * line.seconds:.1f}", line.nodes, line.bytes, line.operations, line.launches,
+            Text("; ".join(line.notes)),
+        )  # fmt: skip
+    return table

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from sparsefx.codegen import fused  # noqa: F401  (kernels of the ops)
 from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
 from sparsefx.codegen.onnx_adapters import add_slots
 from sparsefx.codegen.onnx_fusions import in_place, rewrite
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.ir.errors import ExportError
+from sparsefx.ir.sites import Traced
+from sparsefx.passes.manager import run_passes
+from sparsefx.passes.pipeline import PASSES
 from sparsefx.runtime.gate import Difference, check, nearest_to_limit
 
 if TYPE_CHECKING:
@@ -166,6 +170,19 @@ def _program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
         if inputs.dynamic_shapes and ("onstraint" in text or "specializ" in text):
             text = f"an axis asked to be dynamic is fixed by the model's code: {text}"
         raise ExportError(f"torch.export cannot trace {type(model).__name__}: {text}") from error
+
+
+def optimised(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """A module that computes what `program` does, after the graph passes for packed weights.
+
+    Products of one input are one call, epilogues are fused, weights read through unpack are not
+    unpacked. It takes what the exported model took and shares the program's weights.
+    """
+    gm = program.module()
+    assert isinstance(gm, fx.GraphModule)
+    run_passes(Traced(gm.graph, {}), PASSES)
+    gm.recompile()
+    return gm
 
 
 def _check_axes(model: ir.Model, inputs: Inputs) -> None:

@@ -97,7 +97,7 @@ def test_scales_are_the_least_squares_ones() -> None:
     root = torch.linalg.cholesky(seen.second.double() + 1e-6 * torch.eye(48)).T
     for row in range(3):
         units = stored[row].double().view(3, 16) / grid.scales[row].double()[:, None]
-        parts = torch.block_diag(*units).double()
+        parts = torch.block_diag(*units).double()  # type: ignore[no-untyped-call]
         exact = torch.linalg.lstsq(root @ parts.T, root @ weight[row].double()).solution
         wanted = [float((root @ (weight[row].double() - s.double() @ parts)).square().sum())
                   for s in (exact, found.scales[row])]  # fmt: skip

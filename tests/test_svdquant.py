@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparsefx.ir.errors import WeightError
 from sparsefx.ir.format import Format, Packed
-from sparsefx.passes.statistics import Statistics, output_error
 from sparsefx.passes.lowrank import product as dense
+from sparsefx.passes.statistics import Statistics, output_error
 from sparsefx.passes.svdquant import svdquant
 
 

@@ -1,10 +1,13 @@
 // sfx_linear: activations are brought into the order of the weight, then panels are shared out to
-// threads; each tile of results gets its branch and epilogue while it is in cache.
+// threads; each tile of results gets its branch and epilogue while it is in cache. Parts that read
+// the same x in the same order share its activations.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <new>
+#include <vector>
 
 #include "floats.h"
 #include "isa.h"
@@ -141,130 +144,219 @@ Scratch scratch_for(const Weight &w, int rows, Arena &arena) {
   return out;
 }
 
-// Bias, activation, multiply, residual; then to the output's type.
-void finish(const sfx_call &call, int64_t n, float *tile, int64_t stride, int64_t row, int rows,
-            int64_t column, int64_t columns) {
-  float other[kMostPanels * kRows];
-  for (int r = 0; r < rows; ++r) {
-    float *v = tile + r * stride;
-    if (call.bias) {
-      read(other, call.bias, column, columns, call.x_type);
-      for (int64_t i = 0; i < columns; ++i) v[i] += other[i];
-    }
-    activate(v, columns, call.activation);
-    if (call.multiply) {
-      read(other, call.multiply, (row + r) * n + column, columns, call.x_type);
-      for (int64_t i = 0; i < columns; ++i) v[i] *= other[i];
-    }
-    if (call.residual) {
-      read(other, call.residual, (row + r) * n + column, columns, call.x_type);
-      for (int64_t i = 0; i < columns; ++i) v[i] += other[i];
-    }
-    write(call.y, (row + r) * call.y_stride + column, v, columns, call.x_type);
-  }
-}
-
 // What is added up in one tile: the weight's product and the branch's.
 struct Product {
   const Weight *w;
   Activations x;
 };
 
-void some_panels(const Isa &isa, const sfx_call &call, const Product *products, int count,
-                 int64_t p, int panels) {
-  thread_local Arena tile_arena, scratch_arena;
-  const Weight &w = *products[0].w;
-  const int64_t stride = panels * kRows;
-  const int64_t column = p * kRows, columns = std::min(stride, w.n - column);
-  const int most = static_cast<int>(std::min(call.m, kMostRows));
-  float *tile = reinterpret_cast<float *>(tile_arena.get(most * stride * 4 + kUnit));
-  for (int64_t row = 0; row < call.m; row += kMostRows) {
-    const int rows = static_cast<int>(std::min(kMostRows, call.m - row));
-    std::memset(tile, 0, rows * stride * 4);
+// A weight of a call, what is added to its product, and where that goes.
+struct Part {
+  Product products[2];
+  int count;
+  const void *bias;
+  void *y;
+  int64_t y_stride;
+
+  const Weight &w() const { return *products[0].w; }
+};
+
+// Memory that a calling thread keeps from call to call.
+struct Rooms {
+  std::deque<Arena> orders, low, padded; // deques: what points into them stays
+  std::vector<Product> made;
+  std::vector<Part> parts;
+};
+Arena &room(std::deque<Arena> &rooms, size_t i) {
+  while (rooms.size() <= i) rooms.emplace_back();
+  return rooms[i];
+}
+
+// Whether both read one x in the same order.
+bool alike(const Weight &a, const Weight &b) {
+  return a.padded == b.padded && a.words == b.words && a.a8_scales == b.a8_scales &&
+         a.segment_count == b.segment_count &&
+         !std::memcmp(a.segments, b.segments, a.segment_count * sizeof(Segment));
+}
+
+// x in the order of w: made at the first weight that asks for it.
+Activations ordered(const Isa &isa, const Weight &w, bool a8, const sfx_call &call, Rooms &rooms) {
+  const Input in{call.x, call.m, call.x_stride, call.x_type};
+  const int slices = isa.slices(w, in.m, in.type, a8);
+  for (const Product &made : rooms.made)
+    if (made.x.codes == a8 && made.x.slices == slices && alike(*made.w, w)) return made.x;
+  Arena &arena = room(rooms.orders, rooms.made.size());
+  rooms.made.push_back({&w, prepare(isa, w, in, a8, call, arena)});
+  return rooms.made.back().x;
+}
+
+// Rows and columns of a tile of results, its rows `stride` floats apart.
+struct Block {
+  int64_t row;
+  int rows;
+  int64_t column, columns, stride;
+};
+
+// Bias, activation, gate, multiply, residual; then to the output's type. A second part is the
+// gate's other factor.
+void finish(const sfx_call &call, const Part *parts, int count, float *const *tiles,
+            const Block &b) {
+  float other[kMostPanels * kRows];
+  const int64_t n = parts[0].w().n;
+  for (int r = 0; r < b.rows; ++r) {
+    float *v = tiles[0] + r * b.stride;
     for (int i = 0; i < count; ++i) {
-      const Scratch scratch = scratch_for(*products[i].w, rows, scratch_arena);
-      isa.multiply(*products[i].w, products[i].x, row, rows, p, panels, tile, scratch);
+      if (!parts[i].bias) continue;
+      read(other, parts[i].bias, b.column, b.columns, call.x_type);
+      for (int64_t j = 0; j < b.columns; ++j) tiles[i][r * b.stride + j] += other[j];
     }
-    finish(call, w.n, tile, stride, row, rows, column, columns);
+    activate(v, b.columns, call.activation);
+    if (count == 2)
+      for (int64_t j = 0; j < b.columns; ++j) v[j] *= tiles[1][r * b.stride + j];
+    if (call.multiply) {
+      read(other, call.multiply, (b.row + r) * n + b.column, b.columns, call.x_type);
+      for (int64_t j = 0; j < b.columns; ++j) v[j] *= other[j];
+    }
+    if (call.residual) {
+      read(other, call.residual, (b.row + r) * n + b.column, b.columns, call.x_type);
+      for (int64_t j = 0; j < b.columns; ++j) v[j] += other[j];
+    }
+    write(parts[0].y, (b.row + r) * parts[0].y_stride + b.column, v, b.columns, call.x_type);
   }
 }
 
-// Every thread gets the same number of tiles, as wide as that allows.
-void all_panels(const Isa &isa, const sfx_call &call, const Product *products, int count) {
-  const int64_t panels = products[0].w->panels, threads = std::max(call.threads, 1);
+// Panels [p, p + panels) of a part, or of a part and its gate.
+void some_panels(const Isa &isa, const sfx_call &call, const Part *parts, int count, int64_t p,
+                 int panels) {
+  thread_local Arena tile_arena, scratch_arena;
+  const int64_t stride = panels * kRows;
+  const int64_t column = p * kRows, columns = std::min(stride, parts[0].w().n - column);
+  const int most = static_cast<int>(std::min(call.m, kMostRows));
+  float *tile = reinterpret_cast<float *>(tile_arena.get(count * most * stride * 4 + kUnit));
+  float *const tiles[2] = {tile, tile + (count - 1) * most * stride};
+  for (int64_t row = 0; row < call.m; row += kMostRows) {
+    const int rows = static_cast<int>(std::min(kMostRows, call.m - row));
+    for (int i = 0; i < count; ++i) {
+      std::memset(tiles[i], 0, rows * stride * 4);
+      for (int j = 0; j < parts[i].count; ++j) {
+        const Product &product = parts[i].products[j];
+        const Scratch scratch = scratch_for(*product.w, rows, scratch_arena);
+        isa.multiply(*product.w, product.x, row, rows, p, panels, tiles[i], scratch);
+      }
+    }
+    finish(call, parts, count, tiles, {row, rows, column, columns, stride});
+  }
+}
+
+// Every thread gets the same number of tiles, as wide as that allows; none crosses parts.
+void all_panels(const Isa &isa, const sfx_call &call, const Part *parts, int count, bool gated) {
+  const int outputs = gated ? 1 : count;
+  int64_t panels = 0;
+  for (int i = 0; i < outputs; ++i) panels += parts[i].w().panels;
+  if (!panels) return;
+  const int64_t threads = std::max(call.threads, 1);
   const int64_t tiles = (panels + kMostPanels * threads - 1) / (kMostPanels * threads) * threads;
   const int64_t tasks = std::min(panels, threads);
   parallel(call, tasks, [&](int64_t t) {
     for (int64_t i = tiles * t / tasks; i < tiles * (t + 1) / tasks; ++i) {
       const int64_t first = panels * i / tiles, last = panels * (i + 1) / tiles;
-      if (first < last)
-        some_panels(isa, call, products, count, first, static_cast<int>(last - first));
+      int64_t start = 0;
+      for (int j = 0; j < outputs; ++j) {
+        const int64_t end = start + parts[j].w().panels;
+        const int64_t from = std::max(first, start), to = std::min(last, end);
+        if (from < to)
+          some_panels(isa, call, parts + j, gated ? 2 : 1, from - start,
+                      static_cast<int>(to - from));
+        start = end;
+      }
     }
   });
 }
 
 // (x · downᵀ) ⊙ scale as float32 rows.
-const float *low_rank(const Isa &isa, const sfx_call &call, Arena &rows, Arena &arena) {
-  const Weight &down = *call.down;
-  float *low = reinterpret_cast<float *>(rows.get(call.m * down.n * 4 + kUnit));
+const float *low_rank(const Isa &isa, const sfx_call &call, const sfx_part &part, size_t i,
+                      Rooms &rooms) {
+  const Weight &down = *part.down;
+  float *low = reinterpret_cast<float *>(room(rooms.low, i).get(call.m * down.n * 4 + kUnit));
   sfx_call inner{};
-  inner.y = low;
   inner.m = call.m;
-  inner.y_stride = down.n;
   inner.x_type = SFX_F32;
   inner.threads = call.threads;
   inner.parallel = call.parallel;
   inner.pool = call.pool;
-  const Input in{call.x, call.m, call.x_stride, call.x_type};
-  const Product product{&down, prepare(isa, down, in, false, call, arena)};
-  all_panels(isa, inner, &product, 1);
-  if (call.branch_scale)
-    for (int64_t i = 0; i < call.m * down.n; ++i) low[i] *= call.branch_scale[i % down.n];
+  const Part whole{{{&down, ordered(isa, down, false, call, rooms)}}, 1, nullptr, low, down.n};
+  all_panels(isa, inner, &whole, 1, false);
+  if (part.branch_scale)
+    for (int64_t j = 0; j < call.m * down.n; ++j) low[j] *= part.branch_scale[j % down.n];
   return low;
 }
 
-const char *problem(const Weight &w, const sfx_call &call) {
-  if (call.m < 0) return "m must not be negative";
-  if (call.x_type < SFX_F32 || call.x_type > SFX_BF16) return "unknown type of x";
-  if (call.activation < SFX_NONE || call.activation > SFX_GELU_TANH) return "unknown activation";
+const char *problem(const sfx_part &part, const sfx_call &call) {
+  const Weight &w = *part.weight;
   if (call.m && w.k && !call.x) return "x is null";
-  if (call.m && w.n && !call.y) return "y is null";
-  if (!call.down != !call.up) return "a branch needs both down and up";
-  if (call.down && call.down->k != w.k) return "down has another k than the weight";
-  if (call.up && call.up->n != w.n) return "up has another n than the weight";
-  if (call.up && call.up->k != call.down->n) return "down and up differ in rank";
+  if (!part.down != !part.up) return "a branch needs both down and up";
+  if (part.down && part.down->k != w.k) return "down has another k than the weight";
+  if (part.up && part.up->n != w.n) return "up has another n than the weight";
+  if (part.up && part.up->k != part.down->n) return "down and up differ in rank";
   if (call.a8 && is_float(w.kind)) return "int8 activations need a weight of codes";
   return nullptr;
 }
-
-void linear(const Isa &isa, const Weight &w, const sfx_call &call) {
-  thread_local Arena main, wide, low_rows, low_padded;
-  Product products[2];
-  int count = 0;
-  const Input in{call.x, call.m, call.x_stride, call.x_type};
-  products[count++] = {&w, prepare(isa, w, in, call.a8, call, main)};
-  if (call.down) {
-    const float *low = low_rank(isa, call, low_rows, wide);
-    const Input rows{low, call.m, call.down->n, SFX_F32};
-    products[count++] = {call.up, prepare(isa, *call.up, rows, false, call, low_padded)};
+const char *problem(const sfx_part *parts, int32_t count, bool gated, const sfx_call &call) {
+  if (call.m < 0) return "m must not be negative";
+  if (count < 1) return "there must be a part";
+  if (call.x_type < SFX_F32 || call.x_type > SFX_BF16) return "unknown type of x";
+  if (call.activation < SFX_NONE || call.activation > SFX_GELU_TANH) return "unknown activation";
+  if (gated && (count != 2 || parts[0].weight->n != parts[1].weight->n))
+    return "a gate needs two parts of one n";
+  if (!gated && count > 1 && (call.multiply || call.residual))
+    return "multiply and residual need one output";
+  for (int32_t i = 0; i < count; ++i) {
+    if (parts[i].weight->k != parts[0].weight->k) return "parts differ in k";
+    if (call.m && parts[i].weight->n && !parts[i].y && !(gated && i)) return "y is null";
+    if (const char *why = problem(parts[i], call)) return why;
   }
-  all_panels(isa, call, products, count);
+  return nullptr;
+}
+
+void linear(const Isa &isa, const sfx_part *given, int count, bool gated, const sfx_call &call) {
+  thread_local Rooms rooms;
+  rooms.made.clear();
+  rooms.parts.clear();
+  for (int i = 0; i < count; ++i) {
+    const sfx_part &from = given[i];
+    Part part{{}, 0, from.bias, from.y, from.y_stride};
+    part.products[part.count++] = {from.weight, ordered(isa, *from.weight, call.a8, call, rooms)};
+    if (from.down) {
+      const Input low{low_rank(isa, call, from, i, rooms), call.m, from.down->n, SFX_F32};
+      Arena &arena = room(rooms.padded, i);
+      part.products[part.count++] = {from.up, prepare(isa, *from.up, low, false, call, arena)};
+    }
+    rooms.parts.push_back(part);
+  }
+  all_panels(isa, call, rooms.parts.data(), count, gated);
 }
 
 } // namespace
 } // namespace sfx
 
-extern "C" int sfx_linear(const sfx_weight *w, const sfx_call *call, char *error) {
-  if (const char *why = sfx::problem(*w, *call)) {
+extern "C" int sfx_linear_parts(const sfx_part *parts, int32_t count, int32_t gated,
+                                const sfx_call *call, char *error) {
+  if (const char *why = sfx::problem(parts, count, gated, *call)) {
     std::snprintf(error, SFX_ERROR, "%s", why);
     return 1;
   }
-  if (!call->m || !w->n) return 0;
+  if (!call->m) return 0;
   try {
-    sfx::linear(sfx::isa(), *w, *call);
+    sfx::linear(sfx::isa(), parts, count, gated, *call);
   } catch (const std::bad_alloc &) {
     std::snprintf(error, SFX_ERROR, "out of memory");
     return 1;
   }
   return 0;
+}
+
+extern "C" int sfx_linear(const sfx_weight *w, const sfx_call *call, char *error) {
+  const sfx_part whole{w,       call->bias, call->down, call->up, call->branch_scale,
+                       call->y, call->y_stride};
+  return sfx_linear_parts(&whole, 1, 0, call, error);
 }

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define SFX_ABI 1
+#define SFX_ABI 2
 #define SFX_ERROR 256
 #define SFX_API __attribute__((visibility("default")))
 
@@ -57,6 +57,16 @@ typedef struct {
   void *pool;                 // handed to `parallel`
 } sfx_call;
 
+// One of several weights of one k that multiply the same x.
+typedef struct {
+  const sfx_weight *weight;   // (n, k), n the part's own
+  const void *bias;           // as in sfx_call, for this part
+  const sfx_weight *down, *up;
+  const float *branch_scale;
+  void *y;                    // (m, n), rows `y_stride` elements apart; a gate's second part has none
+  int64_t y_stride;
+} sfx_part;
+
 SFX_API int32_t sfx_abi(void);
 SFX_API const char *sfx_isa(void);                 // the instruction set in use
 SFX_API int sfx_set_isa(const char *name, char *error); // "auto" or one of sfx_isas
@@ -67,6 +77,12 @@ SFX_API void sfx_free(sfx_weight *weight);
 SFX_API int64_t sfx_bytes(const sfx_weight *weight); // read per product at m = 1
 SFX_API const char *sfx_family(const sfx_weight *weight); // how it is laid out in memory
 SFX_API int sfx_linear(const sfx_weight *weight, const sfx_call *call, char *error);
+// sfx_linear of every part, bit for bit, over activations that are prepared once and loops that are
+// shared out once. y, y_stride, bias, down, up and branch_scale are the parts', not the call's.
+// `gated`: of two parts of one n, y = act(x · W₀ᵀ + …) ⊙ (x · W₁ᵀ + …) ⊙ multiply + residual.
+// Otherwise only a part alone may have multiply and residual.
+SFX_API int sfx_linear_parts(const sfx_part *parts, int32_t count, int32_t gated,
+                             const sfx_call *call, char *error);
 
 #ifdef __cplusplus
 }

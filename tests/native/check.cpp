@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "parts.h"
 #include "units.h"
 
 namespace {
@@ -389,6 +390,8 @@ int main(int argc, char **argv) {
   check_products(random);
   for (int type : {SFX_F32, SFX_F16, SFX_BF16}) check_epilogues(type, random);
   check_sharing(random);
+  check_parts(random, isas(), in_threads);
+  check_wrong_parts(random);
   check_odd_weights(random);
   // dense and columns of 8 codecs, lanes of all but 3 and 5 bits, which share 4's and 8's; bytes.
   expect(seen.size() >= 8 + 8 + 6 + 5, "every family of every kind was packed");
