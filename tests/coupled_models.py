@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,7 +115,9 @@ OWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dense": (Dense, (2, 3, 6, 6)),
     "fixed_heads": (FixedHeads, (2, 5, 16)),
 }
-FROM_ZOO = ("gpt2", "llama", "bert", "vit", "timm_vit", "resnet", "phi3")
+FROM_ZOO = ("gpt2", "llama", "bert", "vit", "resnet", "phi3")
+TIMM = pytest.param("timm_vit", marks=pytest.mark.zoo)
+"""Needs timm, which only `make check-zoo` installs."""
 
 
 def make(name: str) -> Made:

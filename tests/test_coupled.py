@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from coupled_models import FROM_ZOO, OWN, couplings_of
+from coupled_models import FROM_ZOO, OWN, TIMM, couplings_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,7 +75,7 @@ def test_concatenation_has_offsets() -> None:
         ("llama", "model.layers.0.self_attn.q_proj", 2, 32),  # two query heads read one key head
         ("bert", "bert.encoder.layer.0.attention.self.query", 4, 16),
         ("vit", "vit.layers.0.attention.q_proj", 4, 16),
-        ("timm_vit", "blocks.0.attn.qkv", 3, 192),
+        pytest.param("timm_vit", "blocks.0.attn.qkv", 3, 192, marks=pytest.mark.zoo),
         ("phi3", "model.layers.0.self_attn.qkv_proj", 2, 64),
         ("fixed_heads", "qkv", 2, 24),
     ],
@@ -96,7 +96,7 @@ def test_a_normalised_stream_may_move_but_not_shrink(name: str) -> None:
     assert "layer_norm" in stream.reason or "mean" in stream.reason
 
 
-@pytest.mark.parametrize("name", [*OWN, *FROM_ZOO])
+@pytest.mark.parametrize("name", [*OWN, *FROM_ZOO, TIMM])
 def test_every_group_is_free_or_says_why(name: str) -> None:
     couplings = couplings_of(name)
     for group in couplings.groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coupled_models import FROM_ZOO, OWN, assert_equal, couplings_of, make, run, twin
+from coupled_models import FROM_ZOO, OWN, TIMM, assert_equal, couplings_of, make, run, twin
 from torch import nn
 
 from sparsefx.ir.errors import PassError, SpecError
@@ -14,7 +14,7 @@ from sparsefx.passes.permute import bring_to_front, permute
 ROUNDS_TO_FLOAT32 = ("llama", "phi3")
 
 
-@pytest.mark.parametrize("name", [*OWN, *FROM_ZOO])
+@pytest.mark.parametrize("name", [*OWN, *FROM_ZOO, TIMM])
 def test_output_stays(name: str) -> None:
     model, inputs = make(name)
     couplings = couplings_of(name)

@@ -57,11 +57,16 @@ def random_keep(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:
 
 
 MODULES = ("mlp", "gated", "residual", "inverted", "dense", "gpt2", "llama", "bert", "vit", "phi3")
-GRAPHS = (*OWN, "gpt2", "timm_vit", "phi3")
+GRAPHS = (*OWN, "gpt2", "phi3")
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [*((n, "module") for n in MODULES), *((n, "graph") for n in GRAPHS)]
+    ("name", "form"),
+    [
+        *((n, "module") for n in MODULES),
+        *((n, "graph") for n in GRAPHS),
+        pytest.param("timm_vit", "graph", marks=pytest.mark.zoo),
+    ],
 )
 def test_shrunk_equals_masked(name: str, form: Form) -> None:
     model, inputs = make(name)
