@@ -7,7 +7,7 @@ others the first output tensor. The model's own parameters are what trains, in p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from sparsefx.ir.capture import split_inputs
 from sparsefx.passes.compress_site import Result, Step
 from sparsefx.passes.latent import Latent
-from sparsefx.passes.recover import fast_bf16, indices, schedule, size_of
 from sparsefx.passes.spec import Recovery
+from sparsefx.passes.training import fast_bf16, size_of, train
 
 LIKELIEST = 64
 """Tokens per position whose probabilities are kept; the rest count as one."""
@@ -142,22 +142,6 @@ class _Whole:
         """Values behind the codes, branches and norms, by Adam."""
         trained = [pair for latent in self.latents for pair in latent.train("values")]
         trained += [(p, size_of(p)) for p in small]
-        for tensor, _ in trained:
-            tensor.requires_grad_(True)
+        order = torch.Generator().manual_seed(seed)
         rate = recovery.whole_learning_rate
-        optimiser = torch.optim.Adam([{"params": [t]} for t, _ in trained], betas=(0.9, 0.95))
-        total = recovery.whole_epochs * len(chosen)
-        with torch.enable_grad():
-            for step, index in enumerate(_shuffled(chosen, recovery.whole_epochs, seed)):
-                for group, (_, size) in zip(optimiser.param_groups, trained, strict=True):
-                    group["lr"] = rate * size * schedule(step / total)
-                optimiser.zero_grad()
-                self.distance(index).backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-        for tensor, _ in trained:
-            tensor.requires_grad_(False)
-
-
-def _shuffled(chosen: Sequence[int], epochs: int, seed: int) -> Iterator[int]:
-    order = torch.Generator().manual_seed(seed)
-    return (chosen[i] for i in indices(len(chosen), epochs, order))
+        train(trained, chosen, recovery.whole_epochs, rate, order, self.distance)

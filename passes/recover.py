@@ -9,7 +9,7 @@ lost. The error is relative per token, because that is what the next norm passes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from sparsefx.passes.calibration import Part
 from sparsefx.passes.compress_site import Result, Step
 from sparsefx.passes.latent import Latent
 from sparsefx.passes.spec import Recovery
-
-Trained = list[tuple[nn.Parameter, float]]
+from sparsefx.passes.training import fast_bf16, size_of, train
 
 
 def recover(
@@ -41,7 +40,8 @@ def recover(
         trained = [pair for latent in block.latents for pair in latent.train(stage)]
         trained += [(p, size_of(p)) for p in small]
         if epochs:
-            _train(block, trained, epochs, recovery.learning_rate, order)
+            samples = range(len(part.hidden))
+            train(trained, samples, epochs, recovery.learning_rate, order, block.forward)
     done = [latent.done(()) for latent in block.latents]
     after = _Block(model, part, done).error()
     step = (Step("block output", before), Step("recovery", after, kept=after < before))
@@ -50,11 +50,6 @@ def recover(
     for parameter, old in zip(small, saved, strict=True):
         parameter.data.copy_(old)
     return [result.after(*step) for result in results]
-
-
-def size_of(parameter: Tensor) -> float:
-    """What steps of a norm or bias go by: its root mean square, but never next to nothing."""
-    return max(float(parameter.detach().square().mean().sqrt()), 1e-3)
 
 
 class _Block:
@@ -87,40 +82,3 @@ class _Block:
         with torch.no_grad():
             losses = [float(self.forward(i)) for i in range(len(self.part.hidden))]
         return math.sqrt(sum(losses) / max(len(losses), 1))
-
-
-def fast_bf16(x: Tensor) -> bool:
-    """Whether float32 products are worth rounding to bfloat16: it has units of its own there."""
-    if x.dtype is not torch.float32:
-        return False
-    return x.is_cuda or torch.cpu._is_amx_tile_supported()
-
-
-def _train(
-    block: _Block, trained: Trained, epochs: int, rate: float, order: torch.Generator
-) -> None:
-    """Adam over shuffled batches; each tensor's steps are `rate` of its own size."""
-    for tensor, _ in trained:
-        tensor.requires_grad_(True)
-    groups = [{"params": [tensor], "lr": rate * size} for tensor, size in trained]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    total = epochs * len(block.part.hidden)
-    with torch.enable_grad():
-        for step, index in enumerate(indices(len(block.part.hidden), epochs, order)):
-            for group, (_, size) in zip(optimiser.param_groups, trained, strict=True):
-                group["lr"] = rate * size * schedule(step / total)
-            optimiser.zero_grad()
-            block.forward(index).backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-    for tensor, _ in trained:
-        tensor.requires_grad_(False)
-
-
-def schedule(progress: float) -> float:
-    """Warm-up over the first twentieth, then a cosine to a tenth."""
-    return min(progress / 0.05, 1.0) * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
-def indices(count: int, epochs: int, order: torch.Generator) -> Iterator[int]:
-    for _ in range(epochs):
-        yield from torch.randperm(count, generator=order).tolist()

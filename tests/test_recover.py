@@ -95,6 +95,13 @@ def test_a_step_that_does_harm_is_undone() -> None:
         assert torch.equal(was, now)
 
 
+def test_training_leaves_no_trace_on_norms() -> None:
+    model, _ = compressed("2:4+int4g16", epochs=1, whole_epochs=1)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert norms
+    assert all(p.requires_grad and p.grad is None for p in norms)
+
+
 def test_seeds_reproduce_bit_for_bit() -> None:
     first, second = (compressed("int3g16", epochs=2)[0].state_dict() for _ in range(2))
     for name, value in first.items():
