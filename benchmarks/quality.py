@@ -141,15 +141,15 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.quality", "--row", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
-        ordered = [found[n] for n in ("dense", *(r.name for r in ROWS)) if n in found]
+        listed = ["dense", *(r.name for r in ROWS)]
+        ordered = sorted(found, key=lambda n: listed.index(n) if n in listed else len(listed))
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"rows": [found[n] for n in ordered]}, indent=1) + "\n")
     Console().print(_table(found))
 
 
 def _saved() -> list[dict[str, Any]]:
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    return [row for row in rows if "name" in row]
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
 
 
 def _table(found: dict[str, dict[str, Any]]) -> Table:

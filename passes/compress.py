@@ -23,6 +23,7 @@ from sparsefx.passes.feeds import Feed
 from sparsefx.passes.gradients import Loss
 from sparsefx.passes.outliers import Probe
 from sparsefx.passes.plan import Choice
+from sparsefx.passes.ratios import RATIOS
 from sparsefx.passes.recipe import Recipe
 from sparsefx.passes.recover import recover
 from sparsefx.passes.share import share_out
@@ -59,8 +60,12 @@ def compress(
     formats = share_out(model, sites, formats, spec.ratios, recipe, batches)
     visitor = _Compressor(model, spec, recipe, formats, install, progress, checkpoint, feeds)
     if CRITERIA[recipe.criterion].needs == "gradients":
+        if RATIOS[spec.ratios].needs:
+            why = f"ratio '{spec.ratios}' was measured with 'obs', not '{recipe.criterion}'"
+            visitor.notes.update(dict.fromkeys(formats, why))
         visitor.masks = gradient_masks(model, sites, formats, recipe, batches or (), loss)
-    if batches is None or not (recipe.needs_inputs or visitor.probe.formats or visitor.targets):
+    seen = recipe.needs_inputs or visitor.probe.formats or feeds or spec.recovery is not None
+    if batches is None or not seen:
         for site in sites:
             install(visitor.one(site, None))
         return
@@ -88,6 +93,8 @@ class _Compressor:
         feeds: Sequence[Feed] = (),
     ) -> None:
         self.feeds, self.smoothed = feeds, dict[str, Step]()
+        self.notes: dict[str, str] = {}
+        """By the Site's name, what was asked for and not done so, and why."""
         self.model, self.spec, self.recipe, self.formats = model, spec, recipe, formats
         self.install, self.progress, self.checkpoint = install, progress, checkpoint
         self.probe = Probe(formats)
@@ -115,12 +122,39 @@ class _Compressor:
 
     def compress(self, part: Part) -> list[Result]:
         weights = {s.name: (s, self.model.get_parameter(s.name)) for s in part.sites}
-        found = collect(weights, part.run, self.probe.watch, bool(self.recipe.needs_inputs))
-        found |= smooth(self.model, self.feeds, part.sites, self.formats, found, self.smoothed)
+        sums = bool(self.recipe.needs_inputs or self.feeds)
+        found = collect(weights, part.run, self.probe.watch, sums)
+        inside = {site.name for site in part.sites}
+        for feed in self.feeds:
+            if inside.isdisjoint(feed.names):
+                continue
+            if why := unfoldable(feed, inside, self.formats, found):
+                self.remark(feed.names, f"not smoothed: {why}")
+            else:
+                found |= self.smooth(feed, found[feed.names[0]])
+        if self.targets and part.module is None:
+            names = [site.name for site in part.sites]
+            self.remark(names, "not trained block by block: in no repeated block")
         done = [self.one(site, found.get(site.name)) for site in part.sites]
         if self.targets and part.module is not None and self.spec.recovery is not None:
             done = recover(self.model, part, done, self.spec.recovery, self.spec.seed)
         return done
+
+    def remark(self, names: Iterable[str], why: str) -> None:
+        """Add `why` to what `explain` says of these Sites."""
+        for name in names:
+            self.notes[name] = "; ".join(filter(None, (self.notes.get(name), why)))
+
+    def smooth(self, feed: Feed, seen: Statistics) -> dict[str, Statistics]:
+        """Fold the factors that help most into a Feed; the Statistics that this changes."""
+        matrices = [s.matrix(self.model.get_parameter(s.name)).float() for s in feed.sites]
+        found = search(matrices, seen, self.formats[feed.names[0]], feed.rows)
+        if not found.how:
+            return {}
+        fold(self.model, feed, found.scales)
+        step = Step(f"smooth {found.how}", found.error_after)
+        self.smoothed.update(dict.fromkeys(feed.names, step))
+        return dict.fromkeys(feed.names, rescaled(seen, found.scales))
 
     def finish(self, part: Part) -> None:
         if self.spec.recovery is not None and self.spec.recovery.whole_epochs:
@@ -140,43 +174,28 @@ class _Compressor:
             bits = unpack_bits(self.masks[site.name], 1, site.n * site.k)
             mask = bits.bool().view(site.n, site.k)
         matrix = site.matrix(self.model.get_parameter(site.name))
-        note = "; ".join(filter(None, (seen, note)))
+        note = "; ".join(filter(None, (seen, note, self.notes.get(site.name))))
         result = compress_site(site, matrix, fmt, recipe, statistics, None, mask, note)
         before = [self.smoothed[site.name]] if site.name in self.smoothed else []
         return replace(result, steps=(*before, *result.steps))
 
 
-def smooth(
-    model: nn.Module,
-    feeds: Sequence[Feed],
-    sites: Sequence[Site],
+def unfoldable(
+    feed: Feed,
+    inside: set[str],
     formats: Mapping[str, Format],
     statistics: Mapping[str, Statistics],
-    steps: dict[str, Step],
-) -> dict[str, Statistics]:
-    """Fold the best factors into every Feed among `sites`; the Statistics that this changes.
-
-    A Feed whose producer was compressed before, or whose Sites differ in Format, stays as it is.
-    """
-    inside, out = {site.name for site in sites}, dict[str, Statistics]()
-    for feed in feeds:
-        producer = {feed.producer.name} if feed.producer is not None else set()
-        wanted = {formats.get(name) for name in feed.names}
-        seen = statistics.get(feed.names[0])
-        if feed.source == "none" or not inside >= producer | {*feed.names} or seen is None:
-            continue
-        fmt = wanted.pop()
-        if wanted or fmt is None:
-            continue
-        weights = [site.matrix(model.get_parameter(site.name)).float() for site in feed.sites]
-        found = search(weights, seen, fmt, feed.rows)
-        if not found.how:
-            continue
-        fold(model, feed, found.scales)
-        new = rescaled(seen, found.scales)
-        out.update(dict.fromkeys(feed.names, new))
-        steps.update(dict.fromkeys(feed.names, Step(f"smooth {found.how}", found.error_after)))
-    return out
+) -> str:
+    """Why no factors are folded into `feed` among the Sites `inside`, "" where they may be."""
+    if feed.source == "none":
+        return feed.reason
+    if not inside >= {*feed.names}:
+        return "other parts of the model read the same input"
+    if feed.producer is not None and feed.producer.name not in inside:
+        return f"{feed.producer.name}, which makes its input, was compressed before"
+    if len({formats[name] for name in feed.names}) > 1:
+        return "products that read the same input differ in format"
+    return "" if feed.names[0] in statistics else "calibration never reached it"
 
 
 def gradient_masks(

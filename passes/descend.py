@@ -1,8 +1,8 @@
 """Coordinate descent on what is stored: codes one column at a time, then all scales at once.
 
 GPTQ's sweep decides every column once, before it knows what the later ones lose. Here each column
-is decided again with all others as they are, which lowers the error of the outputs further: about
-a tenth on real layers, a quarter of what pruning and rounding added to the squared error.
+is decided again with all others as they are: output errors of four SmolLM2 layers fell by 6 to
+18 % over five formats, on the calibration inputs.
 Sources: Behdin et al., "QuantEase", arXiv 2309.01885; Nair & Suggala, "CDQuant", arXiv 2406.17542.
 """
 

@@ -75,7 +75,7 @@ class Explanation:
     @property
     def fallbacks(self) -> list[str]:
         """Every place where something other than what was asked for, or fastest, is used."""
-        out = [f"capture: {note}" for note in self.notes]
+        out = list(self.notes)
         out += [f"plugin left out: {problem}" for problem in self.plugins]
         if native.engine() is None or "serial" in self.engine:
             out += [self.engine] * any(line.kernel != "dense" for line in self.lines)
@@ -257,7 +257,7 @@ def _render(e: Explanation) -> Iterator[RenderableType]:
     copies = sum(line.memory for line in e.lines)
     yield Text(e.engine + (f"; its copies take {copies / 1e6:.2f} MB of memory" * (copies > 0)))
     for note in e.notes:
-        yield Text(f"capture fell back: {note}")
+        yield Text(note)
     for problem in e.plugins:
         yield Text(f"plugin left out: {problem}")
     if e.steps:

@@ -78,7 +78,8 @@ def sparsify(
         return model
     captured = capture(model, example_inputs)
     choices = plan(model, captured.sites, spec, captured.graphs)
-    report = Report(door=captured.door, spec=spec.model_dump(), notes=list(captured.notes))
+    notes = [f"capture: {note}" for note in captured.notes]
+    report = Report(door=captured.door, spec=spec.model_dump(), notes=notes)
     report.plan = found
     for choice in choices:
         report.rows.append(Row.planned(choice))

@@ -109,6 +109,21 @@ def test_smoothing_is_exact_and_shown() -> None:
     assert any(name.startswith("smooth ") for name in names)
 
 
+def test_what_is_not_smoothed_or_trained_says_so() -> None:
+    """Also where nothing else needs calibration; the head is in no block and shares no norm."""
+    model, _ = compressed(
+        format="int3g16", ignore=[], criterion="magnitude", solver="nearest", after=[], smooth=True,
+        recovery={"epochs": 1, "scale_epochs": 0},
+    )  # fmt: skip
+    rows = {line.row.name: line.row for line in sparsefx.explain(model).lines}
+    assert any("not trained block by block" in text for text in rows["lm_head.weight"].fallbacks)
+    names = [s["name"] for row in rows.values() for s in row.steps]
+    assert any(name.startswith("smooth ") for name in names)
+    assert "recovery" in names
+    ratio, _ = compressed(format="bitmap@50%", criterion="taylor", ratios="sensitivity")
+    assert any("was measured with 'obs'" in text for text in sparsefx.explain(ratio).fallbacks)
+
+
 def test_rotation_is_exact_or_says_why_not() -> None:
     model, error = compressed(format="fp32", rotate=True)
     assert error < 1e-4

@@ -6,7 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+from sparsefx.ir.errors import WeightError
+
+SCALE = torch.float16
+"""How scales are stored."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,9 @@ class Codec(ABC):
         """Values of codes, exactly as they will be multiplied; inverts `encode` on its range."""
 
     def store_scales(self, scales: Tensor, old: Tensor) -> Tensor:
-        """`scales` as they can be stored; `old` ones where they cannot."""
-        return scales
+        """`scales` as fp16 stores them; `old` ones where it cannot."""
+        out = scales.to(SCALE).float()
+        return torch.where(out.isfinite() & (out != 0), out, old)
 
     @abstractmethod
     def write(self, codes: Tensor, grid: Grid) -> tuple[Tensor, ...]:
@@ -85,3 +92,15 @@ class Codec(ABC):
     @abstractmethod
     def value_bits(self, n: int, k: int, count: int, itemsize: int) -> int:
         """Bits that `count` stored values and the grid need; `itemsize` of the dense weight."""
+
+
+def fp16_scales(scales: Tensor) -> Tensor:
+    """`scales` as fp16 stores them, in float32; 1 for 0. Raises WeightError beyond its range."""
+    out = torch.where(scales == 0, 1.0, scales).to(SCALE).float()
+    if bool((out == 0).any()) or not bool(torch.isfinite(out).all()):
+        worst = scales[(out == 0) | ~torch.isfinite(out)].flatten()[0]
+        raise WeightError(
+            f"a scale of {float(worst):.3g} leaves the range of fp16 (6e-8 … 65504); "
+            "rescale the weight or use 'bf16' or 'fp32'"
+        )
+    return out

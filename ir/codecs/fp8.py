@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefx.ir.codecs.base import Codec, Grid
+from sparsefx.ir.codecs.base import SCALE, Codec, Grid, fp16_scales
 from sparsefx.ir.errors import SpecError, WeightError
 
-SCALE = torch.float16
 VALUE = torch.float8_e4m3fn
 LARGEST = 448.0
 STRETCH = (1.0, 1.125, 1.25, 1.5, 1.75)
@@ -68,27 +67,12 @@ class Fp8(Codec):
         least = blocks.abs().amax(-1) / LARGEST
         best, error = torch.ones_like(least), torch.full_like(least, torch.inf)
         for stretch in STRETCH:
-            scales = self._stored(least * stretch)
+            scales = fp16_scales(least * stretch)
             wide = Grid(scales[..., None])
             got = (self.decode(self.encode(blocks, wide), wide) - blocks).square_().sum(-1)
             best = torch.where(got < error, scales, best)
             error = torch.minimum(got, error)
         return Grid(best)
-
-    def store_scales(self, scales: Tensor, old: Tensor) -> Tensor:
-        out = scales.to(SCALE).float()
-        return torch.where(out.isfinite() & (out != 0), out, old)
-
-    @staticmethod
-    def _stored(scales: Tensor) -> Tensor:
-        out = torch.where(scales == 0, 1.0, scales).to(SCALE).float()
-        if bool((out == 0).any()) or not bool(torch.isfinite(out).all()):
-            worst = scales[(out == 0) | ~torch.isfinite(out)].flatten()[0]
-            raise WeightError(
-                f"a scale of {float(worst):.3g} leaves the range of fp16 (6e-8 … 65504); "
-                "rescale the weight or use 'bf16' or 'fp32'"
-            )
-        return out
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """float32 numbers that e4m3 holds; beyond its range they become the largest (never NaN)."""

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsefx.ir.bits import pack_bits, stream_bytes, unpack_bits
-from sparsefx.ir.codecs.base import Codec, Grid
-from sparsefx.ir.errors import SpecError, WeightError
+from sparsefx.ir.codecs.base import SCALE, Codec, Grid, fp16_scales
+from sparsefx.ir.errors import SpecError
 
-SCALE = torch.float16
 SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76)
 """Shares of a group's range tried as clipping points below 6 bits; the least error wins."""
 
@@ -99,29 +98,14 @@ class Int(Codec):
             return [self._asymmetric(lo * s, hi * s) for s in shrink]
         reach = torch.maximum(-lo, hi)
         extreme = torch.where(-lo > hi, lo, hi)
-        grids = [Grid(self._stored(reach * s / self.high)) for s in shrink]
+        grids = [Grid(fp16_scales(reach * s / self.high)) for s in shrink]
         # The widest code is −2^(b−1): a scale of either sign lets the extreme value use it (Q4_0).
-        grids += [Grid(self._stored(extreme * s / self.low)) for s in shrink if self.bits < 6]
+        grids += [Grid(fp16_scales(extreme * s / self.low)) for s in shrink if self.bits < 6]
         return grids
 
     def _asymmetric(self, lo: Tensor, hi: Tensor) -> Grid:
-        scales = self._stored((hi - lo) / self.high)
+        scales = fp16_scales((hi - lo) / self.high)
         return Grid(scales, (-lo / scales).round().clamp(0, self.high))
-
-    def store_scales(self, scales: Tensor, old: Tensor) -> Tensor:
-        out = scales.to(SCALE).float()
-        return torch.where(out.isfinite() & (out != 0), out, old)
-
-    @staticmethod
-    def _stored(scales: Tensor) -> Tensor:
-        out = torch.where(scales == 0, 1.0, scales).to(SCALE).float()
-        if bool((out == 0).any()) or not bool(torch.isfinite(out).all()):
-            worst = scales[(out == 0) | ~torch.isfinite(out)].flatten()[0]
-            raise WeightError(
-                f"a scale of {float(worst):.3g} leaves the range of fp16 (6e-8 … 65504); "
-                "rescale the weight or use 'bf16' or 'fp32'"
-            )
-        return out
 
     # --- codes ---------------------------------------------------------------------------------
 
