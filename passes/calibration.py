@@ -36,8 +36,11 @@ class Part:
     calls: Sequence[Call] = ()
     hidden: list[Tensor] = field(default_factory=list)
     """What the block gets from the compressed blocks before it, per batch."""
+    beside: Run | None = None
+    """Takes the dense model through the block, one batch at each step, where that was asked for:
+    to be run once, before weights are edited."""
     targets: list[Tensor] = field(default_factory=list)
-    """What the dense block made of what the dense model gave it, where that was asked for."""
+    """What `beside` made: the dense model's hidden states after the block."""
 
 
 class Visitor(Protocol):
@@ -86,14 +89,26 @@ def _replay(model: nn.Module, blocks: Blocks, data: Sequence[Batch], visitor: Vi
                 call.run(module, h)
                 yield
 
-        _advance(module, now, dense)
-        part = Part(sites, run, module, now, hidden, dense)
+        def beside(module: nn.Module = module, now: list[Call] = now) -> Iterator[None]:
+            for i, call in enumerate(now if visitor.targets else ()):
+                dense[i] = call.run(module, dense[i])
+                yield
+
+        part = Part(sites, run, module, now, hidden, beside if visitor.targets else None, dense)
         if sites:
             visitor.part(part)
+        else:
+            exhaust(beside)
         if index + 1 < len(blocks.modules):
             _advance(module, now, hidden)
         visitor.finish(part)
     return True
+
+
+def exhaust(run: Run) -> None:
+    """Run all batches."""
+    for _ in run():
+        pass
 
 
 def _advance(module: nn.Module, calls: Sequence[Call], states: list[Tensor]) -> None:

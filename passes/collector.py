@@ -78,10 +78,16 @@ def collect(
     watch: Watch = lambda site, weight, x: None,
     sums: bool = True,
     moments: bool = True,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Statistics]:
-    """Statistics by the Site's name of what `run` shows; none for a Site that is never reached."""
-    collector = Collector(weights, watch, sums, moments)
-    with collector:
-        for _ in run():
-            collector.forget_inputs()
-    return collector.statistics
+    """Statistics by the Site's name of what `run` shows; none for a Site that is never reached.
+
+    `before` is called ahead of every batch, and not watched.
+    """
+    collector, batches = Collector(weights, watch, sums, moments), iter(run())
+    while True:
+        before()
+        with collector:
+            if next(batches, collector) is collector:
+                return collector.statistics
+        collector.forget_inputs()

@@ -12,7 +12,7 @@ from sparsefx.ir.bits import pack_bits, unpack_bits
 from sparsefx.ir.format import Format
 from sparsefx.ir.layouts import Dense
 from sparsefx.ir.sites import Site
-from sparsefx.passes.calibration import Part, stream
+from sparsefx.passes.calibration import Part, exhaust, stream
 from sparsefx.passes.checkpoint import Checkpoint
 from sparsefx.passes.collector import collect
 from sparsefx.passes.compress_site import Result, Step, compress_site
@@ -20,6 +20,7 @@ from sparsefx.passes.criteria import CRITERIA
 from sparsefx.passes.criteria.random import site_seed
 from sparsefx.passes.distill import distill, record
 from sparsefx.passes.feeds import Feed
+from sparsefx.passes.follow import Drift
 from sparsefx.passes.gradients import Loss
 from sparsefx.passes.outliers import Probe
 from sparsefx.passes.plan import Choice
@@ -100,13 +101,16 @@ class _Compressor:
         self.probe = Probe(formats)
         self.masks: Mapping[str, Tensor] = {}
         recovery = spec.recovery
-        self.targets = recovery is not None and recovery.epochs + recovery.scale_epochs > 0
+        self.trained = recovery is not None and recovery.epochs + recovery.scale_epochs > 0
+        self.targets = self.trained or recipe.follow > 0
         self.done: list[Result] = []
         self.kept: list[Result] = []
         """Results that are trained together before they are put in place."""
 
     def part(self, part: Part) -> None:
         saved = None if self.checkpoint is None else self.checkpoint.load(part.sites)
+        if saved is not None and part.beside is not None:
+            exhaust(part.beside)
         self.done = self.compress(part) if saved is None else saved
         if saved is None and self.checkpoint is not None:
             self.checkpoint.save(self.done, self._trained_along(part))
@@ -115,7 +119,7 @@ class _Compressor:
 
     def _trained_along(self, part: Part) -> dict[str, Tensor]:
         """Norms and biases of a block, where smoothing or recovery edits them."""
-        if part.module is None or not (self.targets or self.feeds):
+        if part.module is None or not (self.trained or self.feeds):
             return {}
         own = {id(p) for p in part.module.parameters() if p.dim() == 1}
         return {name: p for name, p in self.model.named_parameters() if id(p) in own}
@@ -123,7 +127,11 @@ class _Compressor:
     def compress(self, part: Part) -> list[Result]:
         weights = {s.name: (s, self.model.get_parameter(s.name)) for s in part.sites}
         sums = bool(self.recipe.needs_inputs or self.feeds)
-        found = collect(weights, part.run, self.probe.watch, sums)
+        drift = self.drift(weights, part)
+        if drift is None:
+            found = collect(weights, part.run, self.probe.watch, sums)
+        else:
+            found = collect(weights, drift.run, self.probe.watch, sums, before=drift.before)
         inside = {site.name for site in part.sites}
         for feed in self.feeds:
             if inside.isdisjoint(feed.names):
@@ -131,12 +139,12 @@ class _Compressor:
             if why := unfoldable(feed, inside, self.formats, found):
                 self.remark(feed.names, f"not smoothed: {why}")
             else:
-                found |= self.smooth(feed, found[feed.names[0]])
-        if self.targets and part.module is None:
+                found |= self.smooth(feed, found[feed.names[0]], drift)
+        if self.trained and part.module is None:
             names = [site.name for site in part.sites]
             self.remark(names, "not trained block by block: in no repeated block")
-        done = [self.one(site, found.get(site.name)) for site in part.sites]
-        if self.targets and part.module is not None and self.spec.recovery is not None:
+        done = [self.one(site, found.get(site.name), drift) for site in part.sites]
+        if self.trained and part.module is not None and self.spec.recovery is not None:
             done = recover(self.model, part, done, self.spec.recovery, self.spec.seed)
         return done
 
@@ -145,13 +153,25 @@ class _Compressor:
         for name in names:
             self.notes[name] = "; ".join(filter(None, (self.notes.get(name), why)))
 
-    def smooth(self, feed: Feed, seen: Statistics) -> dict[str, Statistics]:
+    def drift(self, weights: Mapping[str, tuple[Site, Tensor]], part: Part) -> Drift | None:
+        """What a block's products differ by from the dense model's, to be summed by `collect`."""
+        if part.beside is None:
+            return None
+        if self.recipe.follow:
+            return Drift(weights, part.beside, part.run)
+        exhaust(part.beside)
+        return None
+
+    def smooth(self, feed: Feed, seen: Statistics, drift: Drift | None) -> dict[str, Statistics]:
         """Fold the factors that help most into a Feed; the Statistics that this changes."""
         matrices = [s.matrix(self.model.get_parameter(s.name)).float() for s in feed.sites]
         found = search(matrices, seen, self.formats[feed.names[0]], feed.rows)
         if not found.how:
             return {}
         fold(self.model, feed, found.scales)
+        if drift is not None:
+            for name in feed.names:
+                drift.rescale(name, found.scales)
         step = Step(f"smooth {found.how}", found.error_after)
         self.smoothed.update(dict.fromkeys(feed.names, step))
         return dict.fromkeys(feed.names, rescaled(seen, found.scales))
@@ -164,7 +184,7 @@ class _Compressor:
                 self.install(result)
         self.done = []
 
-    def one(self, site: Site, statistics: Statistics | None) -> Result:
+    def one(self, site: Site, statistics: Statistics | None, drift: Drift | None = None) -> Result:
         """Compress one Site with what its inputs looked like."""
         self.progress(site)
         fmt, note = self.probe.decide(site, self.formats[site.name])
@@ -175,9 +195,25 @@ class _Compressor:
             mask = bits.bool().view(site.n, site.k)
         matrix = site.matrix(self.model.get_parameter(site.name))
         note = "; ".join(filter(None, (seen, note, self.notes.get(site.name))))
+        steps = [self.smoothed[site.name]] if site.name in self.smoothed else []
+        if drift is not None and statistics is not None and statistics.second is not None:
+            matrix, more = followed(site.name, matrix, statistics.second, recipe, drift)
+            steps += more
         result = compress_site(site, matrix, fmt, recipe, statistics, None, mask, note)
-        before = [self.smoothed[site.name]] if site.name in self.smoothed else []
-        return replace(result, steps=(*before, *result.steps))
+        return replace(result, steps=(*steps, *result.steps))
+
+
+def followed(
+    name: str, matrix: Tensor, moments: Tensor, recipe: Recipe, drift: Drift
+) -> tuple[Tensor, list[Step]]:
+    """The weight that makes up for what earlier layers lost, where that helps, and its Steps."""
+    found = drift.shift(name, matrix.float(), moments, recipe.follow, recipe.damping)
+    if found is None:
+        return matrix, []
+    new, before, after = found
+    better = after < before
+    steps = [Step("drift of the inputs", before), Step("follow", after, kept=better)]
+    return new if better else matrix, steps
 
 
 def unfoldable(

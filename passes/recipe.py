@@ -14,6 +14,9 @@ from sparsefx.passes.statistics import Statistics
 FEW = 32
 """Fewer rows than a FEW-th of K are said in a note: an expert that few tokens were sent to."""
 
+FOLLOWED = 0.5
+"""Of what earlier layers lost, the share that a layer makes up for; see `passes.follow`."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,6 +27,7 @@ class Recipe:
     after: tuple[str, ...] = ()
     damping: float = 0.01
     seed: int = 0
+    follow: float = 0.0
 
     @classmethod
     def of(cls, spec: Spec, calibrated: bool) -> Recipe:
@@ -32,7 +36,8 @@ class Recipe:
         criterion = best.criterion if spec.criterion == "auto" else spec.criterion
         solver = best.solver if spec.solver == "auto" else spec.solver
         after = best.after if spec.after == ("auto",) else spec.after
-        recipe = cls(criterion, solver, after, spec.damping, spec.seed)
+        share = FOLLOWED * (solver == "sweep") if spec.follow is None else spec.follow
+        recipe = cls(criterion, solver, after, spec.damping, spec.seed, share)
         training = "recovery" * (spec.recovery is not None) or "smooth" * spec.smooth
         why = recipe.needs_inputs or training
         if not calibrated and why:
@@ -46,7 +51,9 @@ class Recipe:
             return f"criterion '{self.criterion}'"
         if self.solver == "sweep":
             return "solver 'sweep'"
-        return f"after-treatment '{self.after[0]}'" if self.after else ""
+        if self.after:
+            return f"after-treatment '{self.after[0]}'"
+        return "following the dense model" * (self.follow > 0)
 
     def seen(
         self, fmt: Format, statistics: Statistics | None, k: int, unseen: str = ""

@@ -76,6 +76,9 @@ class Spec(BaseModel):
     after: tuple[str, ...] = ("auto",)
     """What is tried afterwards, keys of `passes.solvers.AFTER`, in order; each is undone where it
     does not lower the output error. "auto" is "descend" with data and nothing without."""
+    follow: float | None = Field(default=None, ge=0, le=1)
+    """Of what the blocks before it lost, the share that a layer is asked to make up for (1 is
+    GPTAQ's asymmetric calibration); None is half with the solver "sweep" and 0 without."""
     ratios: str = "uniform"
     """How a share is spread over the layers, a key of `passes.ratios.RATIOS`."""
     smooth: bool = False

@@ -58,7 +58,7 @@ def test_every_criterion(criterion: str, layout: str) -> None:
         if line.row.name != "lm_head.weight":
             assert line.row.format == f"{layout}+int8"
             assert line.row.algorithm == f"{criterion}+sweep"
-            assert line.row.steps[0]["name"] == f"{criterion}+sweep"
+            assert f"{criterion}+sweep" in [step["name"] for step in line.row.steps]
 
 
 def test_better_criteria_lose_less() -> None:
@@ -75,7 +75,7 @@ def test_better_criteria_lose_less() -> None:
 def test_after_treatments_never_do_harm(solver: str, after: str) -> None:
     model, _ = compressed(format="2:4+int4g16", solver=solver, after=[after])
     for line in sparsefx.explain(model).lines:
-        steps = line.row.steps
+        steps = line.row.steps[-2:]
         if steps:
             assert [s["name"] for s in steps] == [f"obs+{solver}", after]
             kept = [s["error"] for s in steps if s["kept"]]
