@@ -29,7 +29,7 @@ from sparsefx.codegen.crossover import processor
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SPARSE4 = "bitmap@50%+int4g128"
-SHORT = {"epochs": 4, "scale_epochs": 1, "whole_epochs": 2}
+SHORT = {"epochs": 2, "scale_epochs": 1, "learning_rate": 0.01, "whole_epochs": 1}
 """Recovery that takes less than an hour on two cores."""
 
 
@@ -53,7 +53,7 @@ def _one_shot(text: str, limit: float | None = None, sequences: int = 16, **spec
 
 
 def _recovered(text: str, limit: float) -> Row:
-    return Row(f"{text} recovered", {"format": text, "recovery": SHORT}, limit, 128, long=True)
+    return Row(f"{text} recovered", {"format": text, "recovery": SHORT}, limit, 64, long=True)
 
 
 ROWS = (
@@ -69,7 +69,8 @@ ROWS = (
     _one_shot(SPARSE4, criterion="magnitude", solver="nearest", after=[]),
     _one_shot(SPARSE4, criterion="wanda", solver="nearest", after=[]),
     _one_shot(SPARSE4, criterion="wanda"),
-    _one_shot(SPARSE4, after=[]),
+    _one_shot(SPARSE4, after=[], follow=0.0),
+    _one_shot(SPARSE4, follow=0.0),
     _one_shot(SPARSE4),
     _one_shot(SPARSE4, ratios="outlier"),
     _one_shot(SPARSE4, ratios="sensitivity"),

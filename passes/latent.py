@@ -115,5 +115,6 @@ class Latent:
 
 def _rms(tensor: Tensor, mask: Tensor | None = None) -> float:
     """Root mean square of the kept values, never zero."""
-    values = tensor.detach() if mask is None else tensor.detach()[mask]
-    return max(float(values.square().mean().sqrt()) if values.numel() else 0.0, 1e-8)
+    count = tensor.numel() if mask is None else int(mask.sum())
+    values = tensor.detach() if mask is None else tensor.detach() * mask
+    return max(float(values.norm()) / max(count, 1) ** 0.5, 1e-8)

@@ -8,6 +8,7 @@ A module is compressed (`runtime.sparsify`) in these steps:
                    calibration         what each Site's inputs look like
                    outliers            may '+a8' activations be int8, and how finely
                    share               how much each layer loses (passes.ratios)
+                   follow              make up for what the blocks before lost
                    criteria/           what every weight is worth
                    sparsegpt           with data: prune and quantise jointly
                    round_to_nearest    without

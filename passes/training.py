@@ -28,7 +28,8 @@ def train(
     before = [(tensor, tensor.requires_grad, tensor.grad) for tensor, _ in trained]
     for tensor, _ in trained:
         tensor.requires_grad_(True)
-    optimiser = torch.optim.Adam([{"params": [t]} for t, _ in trained], betas=(0.9, 0.95))
+    groups = [{"params": [tensor]} for tensor, _ in trained]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     total, done = epochs * len(samples), 0
     with torch.enable_grad():
         for _ in range(epochs):

@@ -1,0 +1,125 @@
+"""MiniLM's retrieval and AntiBERTy's masked residues after compression, one-shot and recovered.
+
+    python -m benchmarks.encoders
+    python -m benchmarks.encoders --only "minilm 2:4"
+
+Both models, their calibration data and what they are judged by ship inside packages (see
+`sparsefx.models`). Every row runs in a process of its own, so that its peak memory is its own, and
+is written to benchmarks/results/encoders.json at once: rows of earlier runs stay until run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sparsefx.codegen.crossover import processor
+
+RESULTS = Path(__file__).parent / "results" / "encoders.json"
+RECOVERY = {"epochs": 12, "scale_epochs": 2, "learning_rate": 0.01, "whole_epochs": 6}
+LIMITS = {"bitmap@50%+int4g128": 0.01, "2:4+int8": 0.02, "tile16x1@50%+int4g128": 0.04}
+"""Format → the most that the headline figure may fall after recovery, as a share of dense."""
+BATCHES = {"minilm": 14, "antiberty": 8}
+"""Calibration batches, of 64 sentences and of 16 sequences."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    model: str
+    format: str
+    recovered: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.format}" + " recovered" * self.recovered
+
+
+ROWS = [Row(m, f, r) for m in BATCHES for f in LIMITS for r in (False, True)]
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """Judge dense, compress, judge again."""
+    import sparsefx
+    from sparsefx.models import MODELS
+    from sparsefx.runtime.install import packed_modules
+
+    bundle = MODELS[row.model]()
+    dense = bundle.metric(bundle.model)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    spec = {"format": row.format} | ({"recovery": RECOVERY} if row.recovered else {})
+    start = time.perf_counter()
+    model = sparsefx.sparsify(
+        bundle.model, spec, example_inputs=bundle.example_inputs,
+        calibration=bundle.calibration(BATCHES[row.model]),
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    packed = [m.packed for m in packed_modules(model).values()]
+    return {
+        "name": row.name,
+        "spec": spec,
+        "batches": BATCHES[row.model],
+        "headline": bundle.headline,
+        "dense": dense,
+        "found": bundle.metric(model),
+        "seconds": round(seconds, 1),
+        "bits": round(8 * sum(p.stored_bytes for p in packed) / sum(p.n * p.k for p in packed), 3),
+        "before_mb": round(before / 1e6),
+        "peak_mb": round(sparsefx.explain(model).peak_bytes / 1e6),
+        "threads": torch.get_num_threads(),
+        "cpu": processor(),
+    }
+
+
+def main() -> None:
+    """Measure the chosen rows, each in its own process; print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="rows whose name has this")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row is not None:
+        print(json.dumps(measure(ROWS[options.row])))
+        return
+    saved = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    found = {row["name"]: row for row in saved}
+    for index, row in enumerate(ROWS):
+        if options.only not in row.name:
+            continue
+        Console(stderr=True).print(f"[dim]{row.name} …[/]", highlight=False)
+        command = [sys.executable, "-m", "benchmarks.encoders", "--row", str(index)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[row.name] = json.loads(done.stdout.splitlines()[-1])
+        ordered = [found[r.name] for r in ROWS if r.name in found]
+        RESULTS.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
+    Console().print(_table(found))
+
+
+def _table(found: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="Quality of encoders after compression")
+    for head in ("how", "bits", "figure", "dense", "found", "change %", "at most %", "s"):
+        table.add_column(head, justify="left" if head in ("how", "figure") else "right")
+    for row in (r for r in ROWS if r.name in found):
+        got = found[row.name]
+        for figure, dense in got["dense"].items():
+            new = got["found"][figure]
+            table.add_row(
+                row.name, f"{got['bits']:.2f}", figure, f"{dense:.4f}", f"{new:.4f}",
+                f"{100 * (new / dense - 1):+.1f}",
+                f"-{100 * LIMITS[row.format]:.0f}" * row.recovered, f"{got['seconds']:.0f}",
+            )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    main()
