@@ -34,12 +34,16 @@ class Checkpoint:
         except OSError as error:
             raise ArtifactError(f"resume folder '{folder}': {error.strerror}") from None
 
+    def has(self, sites: Sequence[Site]) -> bool:
+        """Whether a run before finished these Sites."""
+        return self._path(sites).is_file()
+
     def load(self, sites: Sequence[Site]) -> list[Result] | None:
         """The Results of these Sites if a run before finished them."""
         from safetensors import SafetensorError, safe_open
 
         path = self._path(sites)
-        if not path.is_file():
+        if not self.has(sites):
             return None
         try:
             with safe_open(path, "pt") as file:

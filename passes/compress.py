@@ -108,9 +108,10 @@ class _Compressor:
         """Results that are trained together before they are put in place."""
 
     def part(self, part: Part) -> None:
-        saved = None if self.checkpoint is None else self.checkpoint.load(part.sites)
-        if saved is not None and part.beside is not None:
-            exhaust(part.beside)
+        saved = None
+        if self.checkpoint is not None and self.checkpoint.has(part.sites):
+            exhaust(part.beside or list)  # before norms that were trained along come back
+            saved = self.checkpoint.load(part.sites)
         self.done = self.compress(part) if saved is None else saved
         if saved is None and self.checkpoint is not None:
             self.checkpoint.save(self.done, self._trained_along(part))

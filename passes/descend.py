@@ -16,7 +16,7 @@ from sparsefx.ir.format import Packed
 
 BLOCK = 128
 """Columns whose changes are gathered before all others hear of them."""
-CELLS = 1 << 26
+CELLS = 1 << 22
 """Numbers of the normal equations of scales that are held at once."""
 
 
@@ -31,11 +31,13 @@ def descend(weight: Tensor, packed: Packed, moments: Tensor, rounds: int = 2) ->
     keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
     values = packed.unpack().T.contiguous()
     target, kept = weight.detach().float().T.contiguous(), keep.T.contiguous()
+    wanted = moments @ target
     for _ in range(rounds):
+        pull = wanted - moments @ values
         for _ in range(2):
-            _sweep(target, values, kept, moments, fmt.codec, _columns(grid, fmt.codec, k))
+            _sweep(values, kept, pull, moments, fmt.codec, _columns(grid, fmt.codec, k))
         if grid.scales is not None:
-            grid = fit_scales(weight, values.T, grid, fmt.codec, moments)
+            grid = fit_scales(wanted.T, values.T, grid, fmt.codec, moments)
             wide = grid.columns(0, k, fmt.codec.group(k))
             codes = fmt.codec.encode(values.T, wide)
             values = (fmt.codec.decode(codes, wide) * keep).T.contiguous()
@@ -49,10 +51,12 @@ def _columns(grid: Grid, codec: Codec, k: int) -> Grid:
 
 
 def _sweep(
-    target: Tensor, values: Tensor, kept: Tensor, moments: Tensor, codec: Codec, grid: Grid
+    values: Tensor, kept: Tensor, pull: Tensor, moments: Tensor, codec: Codec, grid: Grid
 ) -> None:
-    """Set every column of `values` (K, N) to the best code, the others being as they are."""
-    pull = moments @ (target - values)
+    """Set every column of `values` (K, N) to the best code, the others being as they are.
+
+    `pull` (K, N) is M · (W − Ŵ)ᵀ, kept so.
+    """
     diagonal = moments.diagonal().clamp(min=1e-12).tolist()
     dead = (moments.diagonal() == 0).tolist()
     for start in range(0, len(values), BLOCK):
@@ -71,10 +75,11 @@ def _sweep(
         pull.addmm_(moments[:, start:stop], values[start:stop] - before, alpha=-1)
 
 
-def fit_scales(weight: Tensor, stored: Tensor, grid: Grid, codec: Codec, moments: Tensor) -> Grid:
+def fit_scales(wanted: Tensor, stored: Tensor, grid: Grid, codec: Codec, moments: Tensor) -> Grid:
     """The scales with the least output error for the codes of `stored` (N, K), which stay.
 
-    One system of normal equations per row: groups × groups.
+    `wanted` (N, K) is W · M for the weight W that is stood for. One system of normal equations per
+    row: groups × groups.
     """
     assert grid.scales is not None
     n, k = stored.shape
@@ -82,8 +87,9 @@ def fit_scales(weight: Tensor, stored: Tensor, grid: Grid, codec: Codec, moments
     count = grid.scales.shape[1]
     wide = grid.columns(0, k, size)
     units = stored / wide.scales  # type: ignore[operator]
-    units = torch.nn.functional.pad(units, (0, count * size - k))
-    wanted = torch.nn.functional.pad(weight.float() @ moments, (0, count * size - k))
+    if count * size != k:
+        units = torch.nn.functional.pad(units, (0, count * size - k))
+        wanted = torch.nn.functional.pad(wanted, (0, count * size - k))
     scales = grid.scales.clone()
     step = max(CELLS // max(count * count, k), 1)
     for start in range(0, n, step):
@@ -97,13 +103,16 @@ def _solve(units: Tensor, wanted: Tensor, moments: Tensor, old: Tensor, size: in
     rows, count = old.shape
     k = len(moments)
     grouped = units.view(rows, count, size)
-    right = (grouped * wanted.view(rows, count, size)).sum(-1)
+    right = (grouped * wanted.reshape(rows, count, size)).sum(-1)
     left = torch.empty(rows, count, count, device=units.device)
     for g in range(count):
         first, last = g * size, min((g + 1) * size, k)
-        reach = units[:, first:last] @ moments[first:last]
-        reach = torch.nn.functional.pad(reach, (0, count * size - k))
-        left[:, g] = (reach.view(rows, count, size) * grouped).sum(-1)
+        reach = units[:, first:last] @ moments[first:last, first:]  # it is symmetric
+        reach = (
+            torch.nn.functional.pad(reach, (0, count * size - k)) if count * size != k else reach
+        )
+        left[:, g, g:] = (reach.view(rows, count - g, size) * grouped[:, g:]).sum(-1)
+        left[:, g + 1 :, g] = left[:, g, g + 1 :]
     diagonal = left.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0
     damping = 1e-4 * diagonal.mean(1, keepdim=True) + empty.float()

@@ -6,6 +6,7 @@ arXiv 1308.3432), so gradients reach the values behind the codes; removed positi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -117,4 +118,5 @@ def _rms(tensor: Tensor, mask: Tensor | None = None) -> float:
     """Root mean square of the kept values, never zero."""
     count = tensor.numel() if mask is None else int(mask.sum())
     values = tensor.detach() if mask is None else tensor.detach() * mask
-    return max(float(values.norm()) / max(count, 1) ** 0.5, 1e-8)
+    size: float = float(values.norm()) / math.sqrt(max(count, 1))
+    return max(size, 1e-8)

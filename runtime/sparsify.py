@@ -81,9 +81,10 @@ def sparsify(
     notes = [f"capture: {note}" for note in captured.notes]
     report = Report(door=captured.door, spec=spec.model_dump(), notes=notes)
     report.plan = found
+    report.notes += [f"plan: {note}" for note in found.notes] if found else []
     for choice in choices:
         report.rows.append(Row.planned(choice))
-    training = {m: m.training for m in model.modules()}
+    training = {name: module.training for name, module in model.named_modules()}
     model.eval()
 
     def put(result: Result) -> None:
@@ -95,14 +96,15 @@ def sparsify(
         turned = rotate(model, example_inputs, spec.seed)
         report.notes += [f"not rotated: {turned.reason}"] * bool(turned.reason)
     feeds = find_feeds(model, captured) if spec.smooth else []
+    captured.graphs.clear()  # they hold every dense weight
     checkpoint = None
     if resume is not None:
         checkpoint = Checkpoint(Path(resume), model, spec.model_dump_json(), batches or ())
     with Progress("compressing", sum(not c.dense for c in choices), progress) as bar:
         advance = lambda site: bar.advance(site.name)
         compress(model, choices, spec, batches, put, advance, loss, checkpoint, feeds)
-    for module, mode in training.items():
-        module.training = mode
+    for name, module in model.named_modules():
+        module.training = training.get(name, module.training)
     report.seconds = time.perf_counter() - start
     report.peak_bytes = peak_bytes()
     attach(model, report)

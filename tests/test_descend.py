@@ -91,7 +91,7 @@ def test_scales_are_the_least_squares_ones() -> None:
     packed = fmt.pack(weight)
     _, _, grid = packed.read()
     stored = packed.unpack()
-    found = fit_scales(weight, stored, grid, fmt.codec, seen.second)
+    found = fit_scales(weight @ seen.second, stored, grid, fmt.codec, seen.second)
     assert found.scales is not None
     assert grid.scales is not None
     root = torch.linalg.cholesky(seen.second.double() + 1e-6 * torch.eye(48)).T

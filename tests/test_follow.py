@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ import sparsefx
 from sparsefx.ir.sites import Site
 from sparsefx.passes.collector import collect
 from sparsefx.passes.follow import Drift
+from sparsefx.passes.statistics import Statistics
 
 N, K, ROWS = 6, 5, 40
 
 
-def site(kind: str = "linear") -> Site:
-    return Site(("w",), (N, K), kind)
+SITE = Site(("w",), (N, K), "linear")
 
 
 class Block(nn.Module):
@@ -29,7 +30,7 @@ class Block(nn.Module):
         self.linear, self.how = nn.Linear(K, N), how
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        y = self.linear(x)
+        y: Tensor = self.linear(x)
         if self.how == "r + y":
             return residual + y
         if self.how == "y + r":
@@ -41,20 +42,23 @@ class Block(nn.Module):
         return residual.add_(y)
 
 
-def two_models(seed: int = 0) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+Data = list[tuple[Tensor, Tensor]]
+
+
+def two_models(seed: int = 0) -> tuple[Data, Data]:
     """(x, residual) of three batches in the dense model and in the compressed one."""
     torch.manual_seed(seed)
     dense = [(torch.randn(1, ROWS, K), torch.randn(1, ROWS, N)) for _ in range(3)]
     return dense, [(x + 0.3 * torch.randn_like(x), r + 0.2 * torch.randn_like(r)) for x, r in dense]
 
 
-def measured(block: Block, dense: list[tuple[Tensor, ...]], now: list[tuple[Tensor, ...]]) -> tuple:
-    def run(data: list[tuple[Tensor, ...]]) -> Iterator[None]:
+def measured(block: Block, dense: Data, now: Data) -> tuple[Drift, Statistics]:
+    def run(data: Data) -> Iterator[None]:
         for args in data:
             block(*args)
             yield
 
-    weights = {"w": (site(), block.linear.weight)}
+    weights = {"w": (SITE, block.linear.weight)}
     drift = Drift(weights, lambda: run(dense), lambda: run(now))
     with torch.no_grad():
         found = collect(weights, drift.run, before=drift.before)
@@ -70,12 +74,13 @@ def test_shift_is_the_least_squares_answer(how: str, share: float) -> None:
     drift, statistics = measured(block, dense, now)
     weight = block.linear.weight.detach()
     assert statistics.rows == 3 * ROWS
+    assert statistics.second is not None
     found = drift.shift("w", weight, statistics.second, share, 1e-9)
     assert found is not None
     rows = [
         torch.cat([pair[i][0] for pair in data]).double() for data in (dense, now) for i in (0, 1)
     ]
-    (then, r_then, x, r) = rows
+    then, r_then, x, r = rows
     off = (then - x) @ weight.double().T + r_then - r
     wanted = torch.linalg.lstsq(x, x @ weight.double().T + share * off).solution.T
     # float32 sums of 120 products, solved with a condition of about 1.
@@ -91,11 +96,14 @@ def test_factors_folded_between_keep_the_answer() -> None:
     """x/s with W·diag(s): the same outputs, so the shifted weight is W'·diag(s)."""
     block, (dense, now) = Block("r + y"), two_models()
     drift, statistics = measured(block, dense, now)
+    assert statistics.second is not None
     weight, scales = block.linear.weight.detach(), torch.rand(K) + 0.5
     plain = drift.shift("w", weight, statistics.second, 0.5, 1e-9)
     drift.rescale("w", scales)
     moments = statistics.second / scales[:, None] / scales
     scaled = drift.shift("w", weight * scales, moments, 0.5, 1e-9)
+    assert plain is not None
+    assert scaled is not None
     torch.testing.assert_close(scaled[0] / scales, plain[0], rtol=0, atol=1e-4)
 
 
@@ -108,8 +116,10 @@ def test_rows_that_do_not_correspond_are_left_alone(case: str) -> None:
         dense, now = ([(x[0], r[0]) for x, r in data] for data in (dense, now))
     else:
         once = block.forward
-        block.forward = lambda x, r: once(x, r) + once(x, r)  # type: ignore[method-assign]
+        twice: Any = lambda x, residual: once(x, residual) + once(x, residual)
+        block.forward = twice  # type: ignore[method-assign]
     drift, statistics = measured(block, dense, now)
+    assert statistics.second is not None
     assert drift.shift("w", block.linear.weight.detach(), statistics.second, 0.5, 0.01) is None
 
 
