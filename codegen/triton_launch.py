@@ -110,17 +110,27 @@ class Product:
         is (down (r, K), up (N, r), scale (r,)).
         """
         w = self.weight
+        if not x.numel() or not w.n:
+            return x.new_empty((*x.shape[:-1], w.n))
+        if config not in self.plans:
+            self.plans[config] = plan(w, config)
+        rest = bias, branch, activation, multiply, residual
+        return self.launch(x, config, self.plans[config], *rest)
+
+    def launch(
+        self, x: Tensor, config: Config, tasks: Tasks, bias: Tensor | None,
+        branch: Sequence[Tensor], activation: str, multiply: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """`linear` of one row or more. Nothing here asks how many an open number of rows is."""
+        w = self.weight
         rows = x.reshape(-1, w.k).contiguous()
         m = rows.shape[0]
         y = x.new_empty((*x.shape[:-1], w.n))
-        if not m or not w.n:
-            return y
-        if config not in self.plans:
-            self.plans[config] = plan(w, config)
         codes, row_scales, low, up = self._rows(rows, m, branch)
         rank = low.shape[1] if low is not None else 0
         tail = (row_scales, bias, low, up, rank, *map(_flat, (multiply, residual), (w.n, w.n)))
-        self._multiply(codes, y, m, self.plans[config], config, tail, ACTIVATIONS[activation])
+        self._multiply(codes, y, m, tasks, config, tail, ACTIVATIONS[activation])
         return y
 
     def _rows(
@@ -139,7 +149,8 @@ class Product:
             down, up, strength = (t.to(x.dtype).contiguous() for t in branch)
             rank = down.shape[0]
             low = x.new_empty(m, rank)
-        size = 16 if m > 4 or rank else 1
+        # An open number of rows (a SymInt) is no int: comparing it would fix it.
+        size = 1 if isinstance(m, int) and m <= 4 and not rank else 16
         self.kernels.rows_kernel[(-(-m // size),)](
             x, codes, scales, low, down, strength, m, w.k, rank,
             BLOCK_M=size, BLOCK_K=64 if rank else 1024 // size, 

@@ -291,7 +291,7 @@ def _einsum(node: Node, out: Tensor) -> Size:
 
 _FIRST, _SECOND = _inner(0, "input"), _inner(1, "mat1")
 OPERATIONS: Mapping[str, Callable[[Node, Tensor], Size]] = {
-    **dict.fromkeys(("linear", "mm", "matmul", "mv", "bmm", "dot"), _FIRST),
+    **dict.fromkeys(("linear", "mm", "matmul", "mv", "bmm", "dot", "triton_linear"), _FIRST),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "addbmm"), _SECOND),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),

@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="sparsefx", options={"spec": …, "inner": "inductor" | "eager"})`.
 
 Dense weights are compressed at compile time (magnitude, round to nearest: no data is at hand), a
-sparsified model is lowered as it is. The rest of the graph goes to `inner`.
+sparsified model is lowered as it is. The rest of the graph goes to `inner`; on GPUs Inductor gets
+our Triton kernels as part of it (`triton_graph`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sparsefx.passes.pipeline import PASSES
 from sparsefx.passes.plan import Choice, asked_for, check, low_rank_bases, low_rank_reason
 from sparsefx.passes.spec import Spec
 from sparsefx.runtime.report import Row
+from sparsefx.runtime.triton_graph import triton_ops
 
 COMPILED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Weight → Row of the last compilation that met it; `explain` reads it."""
@@ -59,7 +61,7 @@ def sparsefx(
     chosen = list(traced.chosen)  # folding puts others in their place
     read = {node: tensor for node, tensor in traced.weights.items() if node.users}
     packed = {c.site.name: traced.weights[node] for node, c in traced.chosen.items()}
-    run_passes(traced, PASSES)
+    run_passes(traced, (*PASSES, triton_ops) if inner == "inductor" else PASSES)
     gm.recompile()
     for result in traced.results.values():
         COMPILED[packed[result.site.name]].compressed(result, {})
