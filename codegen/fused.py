@@ -24,7 +24,6 @@ from sparsefx.codegen.prepared import (
     REST,
     Current,
     Product,
-    branch_call,
     vector,
 )
 from sparsefx.ir import fused as meaning
@@ -38,9 +37,9 @@ Call: TypeAlias = Callable[..., list[Tensor] | None]
 """(x, weight, bias, branch, format, n, gated, activation, multiply, residual) → the results, None
 where the engine does not compute them."""
 PART = struct.Struct("PP24sPq")
-"""`sfx_part`; in the middle down, up and branch_scale as `branch_call` writes them."""
+"""`sfx_part`; in the middle down, up and branch_scale as `Branches.call` writes them."""
 WHERE = slice(16, 40)
-"""The place of those three in what `branch_call` returns."""
+"""The place of those three in what `Branches.call` returns."""
 NO_BRANCH = bytes(24)
 OPERANDS = struct.Struct("PP")
 """multiply and residual, with which that begins."""
@@ -85,6 +84,7 @@ def _single(product: Product, text: str, current: Current) -> Call:
     engine, own_n, k, a8 = product.weight.engine, product.n, product.k, product.format.a8
     run, handle, error = engine.run, c_void_p(product.weight.handle), engine.error
     kinds, threads, first = TYPES.get, torch.get_num_threads, OPERANDS.pack
+    branch_call = product.branches.call
 
     def call(
         x: Tensor, weight: Sequence[Tensor], bias: Optional, branch: Optional, format: str,
@@ -105,7 +105,7 @@ def _single(product: Product, text: str, current: Current) -> Call:
             b = vector(b, own_n, x.dtype)
             bias_at = b.data_ptr()
         if branch and branch[0] is not None:
-            rest, held = branch_call(engine, branch)  # type: ignore[arg-type]
+            rest, held = branch_call(branch, False)  # type: ignore[arg-type]
             if held is None:
                 return None
         rows = x if x.is_contiguous() else x.contiguous()
@@ -125,6 +125,7 @@ def _caller(products: Sequence[Product], text: str, current: Current) -> Call:
     handles, own_n = [p.weight.handle for p in products], [p.n for p in products]
     run, error, count = engine.run_parts, engine.error, len(products)
     kinds, threads, pack = TYPES.get, torch.get_num_threads, PART.pack
+    branch_calls = [p.branches.call for p in products]
 
     def call(
         x: Tensor, weight: Sequence[Tensor], bias: Optional, branch: Optional, format: str,
@@ -148,7 +149,7 @@ def _caller(products: Sequence[Product], text: str, current: Current) -> Call:
                 held.append(b := vector(b, n[i], x.dtype))
                 bias_at = b.data_ptr()
             if branch and branch[3 * i] is not None:
-                rest, keep = branch_call(engine, branch[3 * i : 3 * i + 3])  # type: ignore[arg-type]
+                rest, keep = branch_calls[i](branch[3 * i : 3 * i + 3], False)  # type: ignore[arg-type]
                 if keep is None:
                     return None
                 held.append(keep)

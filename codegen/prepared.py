@@ -131,7 +131,8 @@ class Product:
     def __init__(self, engine: native.Engine, packed: Packed, current: Current, rows: int) -> None:
         self.format, self.n, self.k = packed.format, packed.n, packed.k
         self.weight = engine.pack(packed)
-        self._by = partial(linear_by, self.weight, packed.format, current)
+        self.branches = Branches(engine)
+        self._by = partial(linear_by, self.weight, packed.format, current, self.branches)
         self.any_rows = self._by(sys.maxsize)
         """`sparsefx::linear`, None where the weight or what is asked for is another."""
         self.rows, self.rival = -1, ""
@@ -150,14 +151,14 @@ class Product:
 
 
 def linear_by(
-    weight: native.Weight, fmt: Format, current: Current, limit: int
+    weight: native.Weight, fmt: Format, current: Current, branches: Branches, limit: int
 ) -> Callable[..., Tensor | None]:
     """`Product.linear`: a closure, which at every call takes 0.7 µs less than a method."""
     text, own_n, own_k, group = str(fmt), weight.n, weight.k, fmt.a8_group
     a8 = fmt.a8 and isinstance(fmt.codec, Int)
     rounds = fmt.a8 and not a8
     run, handle, error = weight.engine.run, c_void_p(weight.handle), weight.engine.error
-    call, kinds, threads = CALL, TYPES.get, torch.get_num_threads
+    call, kinds, threads, branch_call = CALL, TYPES.get, torch.get_num_threads, branches.call
 
     def linear(
         x: Tensor, buffers: Sequence[Tensor], bias: Tensor | None, branch: Sequence[Tensor],
@@ -178,7 +179,7 @@ def linear_by(
             bias = vector(bias, n, x.dtype)
             bias_at = bias.data_ptr()
         if branch and not rounds:
-            rest, held = branch_call(weight.engine, branch)
+            rest, held = branch_call(branch)
         head = call(rows.data_ptr(), y.data_ptr(), m, own_k, n, kind, a8, 0, threads(), bias_at)
         if run(handle, head + rest, error):
             raise WeightError(f"the CPU engine refuses: {error.value.decode()}")
@@ -187,23 +188,45 @@ def linear_by(
     return linear
 
 
-def branch_call(engine: native.Engine, branch: Sequence[Tensor]) -> tuple[bytes, object]:
-    """The end of a call that adds the branch and what must outlive it, None to add it after.
+class Branches:
+    """The branches that one weight meets, packed for the engine.
 
-    What is trained is edited between calls: packing it would cost more than it gains.
+    Graphs that transpose or concatenate matrices make new tensors at every call, and packing those
+    takes ten times a product. So after `AT_SIGHT` branches another is packed when it comes again.
     """
-    down, up, _ = branch
-    if down.requires_grad or up.requires_grad:
-        return PLAIN, None
-    ranks = BRANCHES.find((down, up)) or BRANCHES.get(
-        (down, up), lambda current: Ranks(engine), lambda found: True
-    )
-    active = ranks.active(branch)
-    if active.pair is None:
-        return PLAIN, active
-    first, second = active.pair
-    scale_at = active.scale.data_ptr()
-    return REST(0, 0, first.handle, second.handle, scale_at, 0, 0), active
+
+    AT_SIGHT = 2
+
+    def __init__(self, engine: native.Engine) -> None:
+        self.engine, self.packed = engine, 0
+
+    def call(self, branch: Sequence[Tensor], last: bool = True) -> tuple[bytes, object]:
+        """The end of a call that adds the branch and what must outlive it, None to add it after.
+
+        Of several ways to compute one product the `last` counts how often a branch came.
+        What is trained is edited between calls: packing it would cost more than it gains.
+        """
+        down, up, _ = branch
+        if down.requires_grad or up.requires_grad:
+            return PLAIN, None
+        ranks = BRANCHES.find((down, up)) or self._ranks((down, up), last)
+        if ranks is None:
+            return PLAIN, None
+        active = ranks.active(branch)
+        if active.pair is None:
+            return PLAIN, active
+        first, second = active.pair
+        scale_at = active.scale.data_ptr()
+        return REST(0, 0, first.handle, second.handle, scale_at, 0, 0), active
+
+    def _ranks(self, pair: tuple[Tensor, Tensor], last: bool) -> Ranks | None:
+        """For matrices of which nothing is held; None where they may never come again."""
+        if self.packed >= self.AT_SIGHT and SIGHTED.find(pair) is None:
+            if last:
+                SIGHTED.get(pair, lambda current: True, bool)
+            return None
+        self.packed += 1
+        return BRANCHES.get(pair, lambda current: Ranks(self.engine), lambda found: True)
 
 
 def vector(values: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -217,6 +240,8 @@ PRODUCTS: Store[Product] = Store()
 JOINED: Store[Callable[..., list[Tensor] | None]] = Store()
 """Several weights of one call (`codegen.fused`), by the buffers of all; quickly made anew."""
 BRANCHES: Store[Ranks] = Store()
+SIGHTED: Store[bool] = Store()
+"""Matrices of branches that were met once and not packed."""
 
 
 def forget(tensors: Iterable[Tensor]) -> None:
@@ -224,4 +249,5 @@ def forget(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         PRODUCTS.entries.pop(id(tensor), None)
         BRANCHES.entries.pop(id(tensor), None)
+        SIGHTED.entries.pop(id(tensor), None)
     JOINED.entries.clear()

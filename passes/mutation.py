@@ -6,7 +6,8 @@ A pass that moves a read to another place asks `changed_between` first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -97,12 +98,18 @@ def _asked_in_place(node: Node) -> bool:
         return True
     if node.op != "call_function" or len(node.args) < 2:
         return False
+    place = _place_of_inplace(node.target)
+    return place is not None and place < len(node.args) and node.args[place] is True
+
+
+@lru_cache(maxsize=1024)
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+    """Where `inplace` stands among the arguments; reading a signature takes half a millisecond."""
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return False
-    place = names.index("inplace") if "inplace" in names else len(node.args)
-    return place < len(node.args) and node.args[place] is True
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def plain_name(node: Node) -> str:

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from test_kernels import TEXTS, held, linear, needs_engine
 from test_op import check, made, random_branch
 from torch import Tensor, nn
 
+from sparsefx.codegen import fused, native  # noqa: F401  (kernels of the ops)
 from sparsefx.codegen.prepared import BRANCHES, PRODUCTS, Store
 from sparsefx.ir.format import Format, Packed
+from sparsefx.ir.fused import LINEARS, Part, arguments
 from sparsefx.runtime.modules import SparseLinear
 
 torch.set_num_threads(1)
@@ -205,3 +208,49 @@ def test_strided_and_broadcast_biases(text: str) -> None:
     for bias in (torch.randn(64)[::2], torch.randn(1).expand(32), torch.randn(1)):
         got = linear(x, packed, bias)
         check(lambda *args, got=got: got, x, packed, bias.expand(32))
+
+
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one entry whenever a branch is packed."""
+    seen: list[int] = []
+    real = native.branch_weights
+
+    def counted(engine: Any, branch: Any) -> Any:
+        seen.append(len(branch[0]))
+        return real(engine, branch)
+
+    monkeypatch.setattr(native, "branch_weights", counted)
+    return seen
+
+
+@needs_engine
+@pytest.mark.parametrize("count", [1, 2])
+def test_matrices_made_at_every_call_are_not_packed_at_every_call(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of single products and of merged ones; what comes again is packed once, edits are seen."""
+    seen = packings(monkeypatch)
+    made_ones = [made("int4g16", 3, 32, 48) for _ in range(count)]
+    x, branches = made_ones[0][0], [random_branch(32, 48) for _ in range(count)]
+
+    def run(fresh: bool) -> None:
+        given = [(a.clone() if fresh else a, b, s) for a, b, s in branches]
+        if count == 1:
+            ys = [linear(x, made_ones[0][1], None, tuple(given[0]))]
+        else:
+            parts = [Part([*p.buffers], None, [*g], str(p.format), p.n)
+                     for (_, p), g in zip(made_ones, given, strict=True)]  # fmt: skip
+            ys = LINEARS(x, *arguments(parts))
+        for y, (_, packed), own in zip(ys, made_ones, given, strict=True):
+            check(lambda *args, y=y: y, x, packed, None, own)
+
+    for _ in range(6):
+        run(fresh=True)
+    assert len(seen) <= 2 * count
+    seen.clear()
+    for _ in range(6):
+        run(fresh=False)
+    assert len(seen) == count
+    for down, _, _ in branches:
+        down.mul_(2)
+    run(fresh=False)

@@ -16,6 +16,10 @@ from sparsefx.ir.errors import SpecError
 
 SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76)
 """Shares of a group's range tried as clipping points below 6 bits; the least error wins."""
+AT_ONCE = 1 << 16
+"""Values up to which all clipping points are tried by one operator each: for small weights the
+calls are what takes time, for others memory would.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,36 +80,37 @@ class Int(Codec):
         size = self.group(k)
         padded = F.pad(weight.float(), (0, self.groups(k) * size - k))
         blocks = padded.view(n, self.groups(k), size)
-        best: Grid | None = None
+        tried = self._candidates(blocks)
+        count = len(tried[0])
+        step = count if count * blocks.numel() <= AT_ONCE else 1
         error = torch.full(blocks.shape[:2], torch.inf, device=weight.device)
-        for grid in self._candidates(blocks):
-            wide = Grid(
-                *(t if t is None else t[..., None] for t in (grid.scales, grid.zero_points))
-            )
+        best = torch.zeros_like(error, dtype=torch.int64)
+        for first in range(0, count, step):
+            wide = Grid(*(t[first : first + step, ..., None] for t in tried))
             got = self.decode(self.encode(blocks, wide), wide)
-            e = (got - blocks).square_().sum(-1)
-            best = grid if best is None else _where(e < error, grid, best)
-            error = torch.minimum(e, error)
-        assert best is not None
-        return best
+            least, place = (got - blocks).square_().sum(-1).min(0)
+            best = torch.where(least < error, place + first, best)
+            error = torch.minimum(least, error)
+        return Grid(*(t.gather(0, best[None])[0] for t in tried))
 
-    def _candidates(self, blocks: Tensor) -> list[Grid]:
+    def _candidates(self, blocks: Tensor) -> list[Tensor]:
+        """Scales, and zero points where there are any, of every grid to try: (C, N, groups)."""
         if blocks.shape[-1] == 0:
             blocks = blocks.new_zeros(*blocks.shape[:-1], 1)
         lo, hi = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-        shrink = SHRINK if self.bits < 6 else (1.0,)
+        clips = SHRINK if self.bits < 6 else (1.0,)
+        shrink = torch.tensor(clips, device=blocks.device)[:, None, None]
         if not self.symmetric:
-            return [self._asymmetric(lo * s, hi * s) for s in shrink]
-        reach = torch.maximum(-lo, hi)
-        extreme = torch.where(-lo > hi, lo, hi)
-        grids = [Grid(fp16_scales(reach * s / self.high)) for s in shrink]
-        # The widest code is −2^(b−1): a scale of either sign lets the extreme value use it (Q4_0).
-        grids += [Grid(fp16_scales(extreme * s / self.low)) for s in shrink if self.bits < 6]
-        return grids
-
-    def _asymmetric(self, lo: Tensor, hi: Tensor) -> Grid:
-        scales = fp16_scales((hi - lo) / self.high)
-        return Grid(scales, (-lo / scales).round().clamp(0, self.high))
+            low, high = lo * shrink, hi * shrink
+            scales = fp16_scales((high - low) / self.high)
+            return [scales, (-low / scales).round().clamp(0, self.high)]
+        scales = torch.maximum(-lo, hi) * shrink / self.high
+        if self.bits < 6:
+            # The widest code is −2^(b−1): a scale of either sign lets the extreme value use it
+            # (Q4_0).
+            extreme = torch.where(-lo > hi, lo, hi)
+            scales = torch.cat((scales, extreme * shrink / self.low))
+        return [fp16_scales(scales)]
 
     # --- codes ---------------------------------------------------------------------------------
 
@@ -144,10 +149,3 @@ class Int(Codec):
         grid = n * self.groups(k) * 8 * SCALE.itemsize
         zeros = 0 if self.symmetric else 8 * stream_bytes(n * self.groups(k), self.bits)
         return count * self.bits + grid + zeros
-
-
-def _where(better: Tensor, new: Grid, old: Grid) -> Grid:
-    def pick(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        return None if a is None or b is None else torch.where(better, a, b)
-
-    return Grid(pick(new.scales, old.scales), pick(new.zero_points, old.zero_points))
