@@ -35,6 +35,7 @@ DOMAIN = "sparsefx"
 OPSET = 18
 """What torch.onnx's operator library is written in: no version conversion takes place."""
 OPAQUE = "its owner computes with the dense weight"
+PRODUCT, BRANCHED, WEIGHT = "product", "product with a branch", "weight"
 IR_VERSION = 10
 """onnx writes 14 by default; ONNX Runtime 1.31 reads at most 13, 1.20 at most 10."""
 
@@ -53,6 +54,8 @@ class Lowered:
     """Initializer that holds the stored values."""
     output: str
     """Graph value of the product, bias and branch included, or of the unpacked weight."""
+    kind: str = PRODUCT
+    """What that value is: PRODUCT, BRANCHED or WEIGHT."""
 
 
 def require_packages() -> None:
@@ -207,7 +210,8 @@ class _Lowerer:
         value.name, value.shape, value.type = old.name, old.shape, old.type
         replace_nodes_and_values(self.graph, node, [node], nodes, [old], [value])
         assert value.name is not None
-        return Lowered(*row, output=value.name)
+        kind = WEIGHT if node.op_type == "unpack" else _kind(node)
+        return Lowered(*row, output=value.name, kind=kind)
 
     def _linear(self, node: ir.Node) -> Emitted:
         product = self._product(node)
@@ -302,6 +306,11 @@ class _Lowerer:
         packed = Packed(fmt, n, k, tuple(self.tensors[name].detach().cpu() for name in names))
         owner = node.attributes.get("owner")
         return packed, _owner(values[0]) if owner is None else owner.as_string()
+
+
+def _kind(node: ir.Node) -> str:
+    count = len(node.inputs) - 1 - sum(node.attributes[a].as_int() for a in ("weights", "biased"))
+    return BRANCHED if count else PRODUCT
 
 
 def _owner(buffer: ir.Value) -> str:

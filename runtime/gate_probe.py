@@ -11,10 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsefx.codegen.onnx import BRANCHED, PRODUCT, WEIGHT
 from sparsefx.ir.format import Format, Packed
 from sparsefx.ir.op import add_branch, per_column, quantize_rows
 
-Call = tuple[tuple[int, ...], Tensor]
+Key = tuple[str | int, ...]
+"""PRODUCT, BRANCHED or WEIGHT, and the addresses of the packed buffers."""
+Call = tuple[Key, Tensor]
 """Addresses of a packed weight's buffers, and what was computed with it."""
 
 UNITS = {torch.float64: 2.0**-53, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -81,7 +84,9 @@ class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = pytree.tree_map(lambda y: self._noisy(y, bound), out)
         if self.calls is not None and (product or unpacks):
             buffers = args[1] if product else args[0]
-            self.calls.append((tuple(b.data_ptr() for b in buffers), out.detach().cpu().clone()))
+            kind = WEIGHT if unpacks else BRANCHED if args[3] else PRODUCT
+            key = (kind, *(b.data_ptr() for b in buffers))
+            self.calls.append((key, out.detach().cpu().clone()))
         return out
 
     def _dithered(self, x: Tensor, group: int) -> Tensor:
