@@ -1,22 +1,27 @@
 """Our plans and other quantisers on the same axes: quality against latency and against size.
 
     python -m benchmarks.frontier                                    # MiniLM, about half an hour
+    python -m benchmarks.frontier --case smollm2
     python -m benchmarks.frontier --case minilm --feed 32×64 --only 'auto|8 bit'
 
-Everything runs in one process, in turns and in random order; times are medians. Our plans come from
-`auto` for the rows of the feed, are exported and run in ONNX Runtime with the CPU engine registered
-("in ORT") and, for MiniLM, eagerly in PyTorch. Writes `results/frontier-<case>-<feed>-<CPU>.json`,
-`.png` and `.html`, and beside them the plan file of every point.
+Our plans come from `auto` for the rows of the feed; they run in ONNX Runtime with the CPU engine
+registered ("in ORT") and eagerly in PyTorch, as peers of both do. Every engine is made, takes turns
+with ONNX Runtime's float32 model, is judged and let go: its time is its least as a share of that
+model's in the same turns, times the least of all that model's. Each point is kept at once in a
+`.partial.json` beside the results, from which a run that was cut off goes on. Writes
+`results/frontier-<case>-<feed>-<CPU>.json`, `.png` and `.html`, and the plan file of every target.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
-import statistics
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,9 +31,9 @@ import numpy as np
 import torch
 from benchmarks import machine
 from benchmarks.e2e.base import weight_bytes
-from benchmarks.ort import interleave
 from benchmarks.ort_cases import CASES, Call, Case, Feed
 from benchmarks.ort_peers import PEERS, Setup, stock, with_library
+from benchmarks.peers.round_robin import clock, quiet
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
@@ -37,14 +42,17 @@ import sparsefx
 from sparsefx.models import MODELS
 from sparsefx.models.frontier import TARGETS, plan_note
 from sparsefx.passes.spec import Spec
+from sparsefx.passes.target import Target
 from sparsefx.runtime.auto import plans
 from sparsefx.runtime.frontier import Frontier, Point, check_packages, describe, write
-from sparsefx.runtime.plan_file import Plan
+from sparsefx.runtime.plan_file import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = {"1×16": 16, "32×64": 2048, "decode": 1, "prefill 128": 128}
 """Tokens that a feed of `ort_cases` brings at a time."""
 METRICS = {"minilm": ("MRR", "higher"), "smollm2": ("perplexity", "lower")}
+BUSY = 0.25
+"""Cores: beyond this much of other programs' work a run says so."""
 SPECS = ("int8+a8", "int4g128+a8", "bitmap@50%+int4g128+a8")
 Made = tuple[Call, int]
 
@@ -69,14 +77,29 @@ def more_bits(setup: Setup, *, bits: int, how: str = "round") -> Made:
 
 
 def torch_call(model: nn.Module) -> Made:
-    """An encoder in eager PyTorch: from a feed to its first output."""
+    """Eager PyTorch: from a feed to the first output; `past_key_values.…` become the cache."""
 
     def call(feed: Feed) -> list[Any]:
+        inputs: dict[str, Any] = {name: torch.from_numpy(value) for name, value in feed.items()}
+        past = [inputs.pop(name) for name in feed if name.startswith("past_key_values.")]
+        if past:
+            inputs |= {"past_key_values": _cache(model, past), "use_cache": True}
         with torch.inference_mode():
-            out = model(**{name: torch.from_numpy(value) for name, value in feed.items()})
-        return [out.last_hidden_state.float().numpy()]
+            out = model(**inputs)
+        return [out[0].float().numpy()]
 
     return call, weight_bytes(model)
+
+
+def _cache(model: Any, past: Sequence[torch.Tensor]) -> Any:
+    """A cache of keys and values by turns, in the data type of the model's norms."""
+    from transformers.cache_utils import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config)
+    dtype = next(p.dtype for p in model.parameters() if p.dim() == 1)
+    for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
+        cache.update(key.to(dtype), value.to(dtype), layer)
+    return cache
 
 
 def torch_bf16(setup: Setup) -> Made:
@@ -106,53 +129,95 @@ TORCH: Mapping[str, Callable[[Setup], Made]] = {
     "torch dynamic int8": torch_dynamic_int8,
     "torchao int8": torchao_int8,
 }
-"""Eager; of encoders only."""
+"""Eager."""
 
 
 def ours(case: Case, spec: Spec, batches: list[Any], path: Path, threads: int) -> dict[str, Made]:
-    """The compressed model in ONNX Runtime and, if it is an encoder, in eager PyTorch."""
+    """The compressed model in ONNX Runtime and in eager PyTorch."""
     wanted = spec.model_copy(update={"overrides": {**case.overrides, **spec.overrides}})
     model = sparsefx.sparsify(
         case.make(), wanted, example_inputs=case.example, calibration=batches, progress=False
     )
     case.export(model, path)
-    out = {"in ORT": with_library(path, threads)}
-    if case.name == "minilm":
-        out["eager"] = torch_call(model)
-    return out
+    return {"in ORT": with_library(path, threads), "eager": torch_call(model)}
+
+
+@dataclass
+class Found:
+    """What was measured so far, for one picture."""
+
+    path: Path
+    key: dict[str, Any]
+    """What was asked for: of another run nothing is taken over."""
+    points: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By engine the fields of its Points, `ms` as a share of the float32 model's."""
+    base: float = 0.0
+    """The float32 model's least seconds."""
+    others: float = 0.0
+    """Cores that other programs used, at most, while an engine was timed."""
+    plans: dict[str, str] = field(default_factory=dict)
+    """By target the note on its plan, whose file is beside this one."""
+
+    @classmethod
+    def so_far(cls, path: Path, key: dict[str, Any]) -> Found:
+        """What a run of this `key` that was cut off has left at `path`."""
+        held = json.loads(path.read_text()) if path.exists() else {}
+        if held.get("key") != key:
+            return cls(path, key)
+        return cls(path, **held)
+
+    def keep(self) -> None:
+        """Write all of it, in one step."""
+        fields = {name: value for name, value in vars(self).items() if name != "path"}
+        write_atomically(self.path, json.dumps(fields, indent=1).encode())
+
+    def all(self) -> tuple[Point, ...]:
+        """The points, in milliseconds."""
+        points = [Point(**fields) for made in self.points.values() for fields in made]
+        return tuple(replace(p, ms=1000 * p.ms * self.base) for p in points)
+
+
+def beside(call: Call, dense: Call, feed: Feed, args: argparse.Namespace) -> tuple[float, ...]:
+    """Least seconds of both over turns, and the cores that other programs used meanwhile."""
+    call(feed), dense(feed)
+    start, every, own = time.perf_counter(), machine.cpu_seconds(), time.process_time()
+    times: list[list[float]] = [[], []]
+    for _ in range(args.rounds):
+        for run, got in zip((call, dense), times, strict=True):
+            if args.threads > 1:  # the other's workers spin for a while
+                quiet()
+                run(feed)
+            got.append(clock(partial(run, feed)))
+    wall = time.perf_counter() - start
+    others = (machine.cpu_seconds() - every - (time.process_time() - own)) / wall
+    return min(times[0]), min(times[1]), max(0.0, others)
 
 
 def measure(
-    case: Case, label: str, made: list[Plan], batches: list[Any], folder: Path,
-    args: argparse.Namespace, bar: Progress,
-) -> tuple[Point, ...]:  # fmt: skip
-    """All points of one feed: one that cannot run has a reason instead of figures."""
+    case: Case, label: str, specs: Mapping[str, Spec], found: Found, batches: list[Any],
+    folder: Path, args: argparse.Namespace, bar: Progress,
+) -> None:  # fmt: skip
+    """Add the points of every engine to `found`; one that cannot run has a reason for figures."""
     only = re.compile(args.only or "")
-    specs = {plan.target: plan.spec for plan in made} | {s: Spec.read(s) for s in SPECS}
     makers = makers_of(case, specs, batches, folder, args.threads)
     makers = {name: make for name, make in makers.items() if only.search(name)}
-    runs: dict[str, Made] = {}
-    failed: list[Point] = []
-    task = bar.add_task("", total=len(makers) + args.rounds)
-    for name, make in makers.items():
-        bar.update(task, description=f"{case.name} {label}: make {name}", advance=1)
+    dense, feed = stock(folder / "dense.onnx", args.threads)[0], case.feeds[label]
+    for name, make in bar.track(makers.items(), description=f"{case.name} {label}"):
+        if name in found.points:
+            continue
+        ours, points = name in specs, []
         try:
             for how, (call, size) in make().items():
-                call(case.feeds[label])
-                runs[f"{name} {how}".strip()] = call, size
+                least, base, others = beside(call, dense, feed, args)
+                found.base = min(base, found.base or base)
+                found.others = max(others, found.others)
+                note, full = found.plans.get(name, ""), f"{name} {how}".strip()
+                points.append(Point(full, case.quality(call), least / base, size, ours, note))
         except Exception as error:  # peers raise whatever they like
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            failed.append(Point(name, ours=name in specs, reason=why))
-    bar.update(task, description=f"{case.name} {label}: time")
-    calls = {name: call for name, (call, _) in runs.items()}
-    times = interleave(calls, case.feeds[label], args.rounds, bar, task)
-    bar.remove_task(task)
-    points = []
-    for name, (call, size) in bar.track(runs.items(), description=f"{case.name}: judge"):
-        base, ms = re.sub(" (in ORT|eager)$", "", name), 1000 * statistics.median(times[name])
-        note = next((plan_note(plan) for plan in made if plan.target == base), "")
-        points.append(Point(name, case.quality(call), ms, size, base in specs, note))
-    return (*points, *failed)
+            points.append(Point(name, ours=ours, reason=why))
+        found.points[name] = [asdict(point) for point in points]
+        found.keep()
 
 
 def makers_of(
@@ -166,38 +231,67 @@ def makers_of(
     def peer(make: Callable[[Setup], Made]) -> dict[str, Made]:
         return {"": make(setup)}
 
-    peers = {**PEERS, **MORE, **(TORCH if case.name == "minilm" else {})}
     out: dict[str, Callable[[], dict[str, Made]]] = {
-        name: partial(peer, make) for name, make in peers.items()
+        name: partial(peer, make) for name, make in {**PEERS, **MORE, **TORCH}.items()
     }
     for number, (name, spec) in enumerate(specs.items()):
         out[name] = partial(ours, case, spec, batches, folder / f"ours-{number}.onnx", threads)
     return out
 
 
+def planned(
+    case: Case, label: str, found: Found, batches: list[Any], args: argparse.Namespace
+) -> dict[str, Spec]:
+    """The plan of every target, from its file where it was made before."""
+    goals = [
+        Target.read({**dict([t.split("=")]), "rows": ROWS[label], "ignore": tuple(case.overrides)})
+        for t in args.targets
+    ]
+    goals = [goal for goal in goals if re.search(args.only or "", str(goal))]
+    files = {
+        str(goal): args.out / re.sub(r"[^\w.]+", "-", f"frontier-{case.name}-{goal}.yaml")
+        for goal in goals
+    }
+    left = [g for g in goals if str(g) not in found.plans or not files[str(g)].exists()]
+    if left:
+        for plan in plans(case.make(), left, calibration=batches, example_inputs=case.example,
+                          progress=False):  # fmt: skip
+            plan.save(files[plan.target])
+            found.plans[plan.target] = plan_note(plan)
+        found.keep()
+    return {target: Spec.read(file) for target, file in files.items()}
+
+
 def run(name: str, label: str, args: argparse.Namespace, bar: Progress) -> Frontier:
     """One picture; its plans are written beside it."""
-    case, bundle = CASES[name](), MODELS[name]()
-    batches = bundle.calibration(args.calibrate)
-    goals = [
-        {**dict([target.split("=")]), "rows": ROWS[label], "ignore": tuple(case.overrides)}
-        for target in args.targets
-    ]
+    case, facts = CASES[name](), machine.facts()
+    batches = MODELS[name]().calibration(args.calibrate)
+    args.out.mkdir(parents=True, exist_ok=True)
+    key = {"threads": args.threads, "rounds": args.rounds, "calibrate": args.calibrate,
+           "cpu": facts["cpu"], "sparsefx": sparsefx.__version__, **facts["versions"]}  # fmt: skip
+    found = Found.so_far(partial_of(name, label, args), key)
     task = bar.add_task(f"{name} {label}: auto", total=None)
-    made = plans(
-        case.make(), goals, calibration=batches, example_inputs=case.example, progress=False
-    )  # fmt: skip
+    specs = planned(case, label, found, batches, args) | {s: Spec.read(s) for s in SPECS}
     bar.remove_task(task)
     with tempfile.TemporaryDirectory() as folder:
-        points = measure(case, label, made, batches, Path(folder), args, bar)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for plan in made:
-        text = re.sub(r"[^\w.]+", "-", plan.target)
-        plan.save(args.out / f"frontier-{name}-{ROWS[label]}-{text}.yaml")
+        measure(case, label, specs, found, batches, Path(folder), args, bar)
     metric, better = METRICS[name]
-    setting = f"{label}, {args.threads} threads of {machine.cpu_model()}"
-    facts = machine.facts()
-    return Frontier(name, metric, better, setting, points, facts)  # type: ignore[arg-type]
+    setting = f"{label}, {args.threads} threads of {facts['cpu']}"
+    if found.others > BUSY:
+        setting += f"; a busy machine: other programs used up to {found.others:.1f} cores"
+    return Frontier(name, metric, better, setting, found.all(), facts)  # type: ignore[arg-type]
+
+
+def stem_of(name: str, label: str, args: argparse.Namespace) -> Path:
+    """Where the files of a picture go, less their endings."""
+    out: Path = args.out / f"frontier-{name}-{ROWS[label]}-{machine.slug()}"
+    return out
+
+
+def partial_of(name: str, label: str, args: argparse.Namespace) -> Path:
+    """Where points are kept until the picture is drawn."""
+    stem = stem_of(name, label, args)
+    return stem.with_name(stem.name + ".partial.json")
 
 
 def arguments() -> argparse.Namespace:
@@ -230,10 +324,11 @@ def main() -> None:
             for label in args.feed:
                 if label not in CASES[name]().feeds:
                     continue
-                found = run(name, label, args, bar)
-                stem = args.out / f"frontier-{name}-{ROWS[label]}-{machine.slug()}"
-                console.print(describe(found.points), found.report(), highlight=False, sep="\n")
+                found, stem = run(name, label, args, bar), stem_of(name, label, args)
+                console.print(found.setting, describe(found.points), found.report(),
+                              highlight=False, sep="\n")  # fmt: skip
                 console.print(*(path.name for path in write(found, stem)), sep="\n")
+                partial_of(name, label, args).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

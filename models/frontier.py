@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import platform
 import random
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,10 +61,12 @@ def frontier(
                 calibration=batches, progress=False,
             )  # fmt: skip
     inputs = inputs_of(bundle, rows)
-    times = _times(models, inputs, rounds, progress)
+    times, share = _times(models, inputs, rounds, progress)
     points = _points(bundle, models, times, made, progress)
     shape = "×".join(map(str, next(iter(inputs.values())).shape))
     setting = f"{shape} tokens, eager PyTorch, {latency.machine()}"
+    if share < latency.CALM:
+        setting += f"; a busy machine: other programs took {1 - share:.0%} of the processor"
     machine = {"system": platform.platform(), "torch": torch.__version__}
     return Frontier(name, bundle.headline, bundle.better, setting, points, machine), made
 
@@ -84,19 +85,23 @@ def inputs_of(bundle: Bundle, rows: int) -> dict[str, Tensor]:
 
 def _times(
     models: Mapping[str, nn.Module], inputs: dict[str, Tensor], rounds: int, progress: bool | None
-) -> dict[str, float]:
-    """Median milliseconds of each model, run in random order round by round."""
+) -> tuple[dict[str, float], float]:
+    """Least milliseconds of each model, run in random order round by round, and the share of the
+    time that other programs left (`latency.Watch`)."""
     times: dict[str, list[float]] = {label: [] for label in models}
     order = random.Random(0)
-    with Progress("timing", rounds + 1, progress) as bar, torch.inference_mode():
-        for turn in range(rounds + 1):
+    with Progress("timing", rounds, progress) as bar, torch.inference_mode():
+        for model in models.values():
+            model(**inputs)  # the first run prepares weights
+        watch = latency.Watch()
+        for _ in range(rounds):
             bar.advance()
             for label in order.sample(list(models), len(models)):
                 start = time.perf_counter()
                 models[label](**inputs)
-                if turn:  # the first prepares weights
-                    times[label].append(1000 * (time.perf_counter() - start))
-    return {label: statistics.median(found) for label, found in times.items()}
+                times[label].append(1000 * (time.perf_counter() - start))
+        share = watch.share()
+    return {label: min(found) for label, found in times.items()}, share
 
 
 def _points(

@@ -40,7 +40,7 @@ ROUNDS = 4
 """Plans that are measured, at most."""
 CLAMP = 100.0
 """A measured factor beyond this either way says that nothing was measured (a loss of about 0)."""
-Measure = Callable[[latency.Product, Sequence[str], Callable[[str], None]], dict[str, float]]
+Measure = Callable[[latency.Product, Sequence[str], Callable[[str], None]], latency.Times]
 Scales = Mapping[str, float]
 
 
@@ -58,7 +58,7 @@ def auto(
 
     `calibration` is as `sparsify` takes it, at least 2 batches: the last fourth is held out. `loss`
     (outputs, batch) → mean over rows replaces the distance from the dense model's outputs.
-    `measure` gives the microseconds of products.
+    `measure` gives the times of products.
 
     Raises SpecError (naming the nearest value that can be reached), WeightError, CaptureError.
     """
@@ -94,11 +94,12 @@ def plans(
             found = sensitivities(
                 model, sites, batches, distance, _ignored(model, first), recipe, bar.advance
             )
-        lists = _price_lists(model, found, first, measure, progress)
+        lists, notes = _price_lists(model, found, first, measure, progress)
         other = model_bytes(model) - sum(s.price(DENSE).bytes for s in lists)
         trial = Trial(model, batches, held, distance, recipe)
         by_name = {site.name: site for site in sites}
-        return [_search(lists, by_name, goal, other, trial, progress) for goal in goals]
+        made = [_search(lists, by_name, goal, other, trial, progress) for goal in goals]
+        return [replace(plan, notes=(*plan.notes, *notes)) for plan in made]
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -143,8 +144,8 @@ def _price_lists(
     target: Target,
     measure: Measure,
     progress: bool | None,
-) -> list[SitePrices]:
-    """Of every Site, with the losses as predicted."""
+) -> tuple[list[SitePrices], list[str]]:
+    """Of every Site, with the losses as predicted; and what is unsure about the latencies."""
     weights = sum(one.site.n * one.site.k for one in found)
     most = max((_seen(one.site) for one in found), default=1)
     rows = [max(1, round(target.rows * (_seen(one.site) or most) / (most or 1))) for one in found]
@@ -156,7 +157,22 @@ def _price_lists(
         products.setdefault(keys[-1], {}).update(dict.fromkeys(one.loss))
     with Progress("timing products", sum(map(len, products.values())), progress) as bar:
         times = {key: measure(key, list(formats), bar.advance) for key, formats in products.items()}
-    return [_prices(one, key, times[key]) for one, key in zip(found, keys, strict=True)]
+    lists = [_prices(one, key, times[key].us) for one, key in zip(found, keys, strict=True)]
+    return lists, _disturbed(list(times.values()))
+
+
+def _disturbed(times: Sequence[latency.Times]) -> list[str]:
+    """The note on latencies that were measured on a busy machine."""
+    shares = [share for one in times for share in one.disturbed.values()]
+    if not shares:
+        return []
+    count = sum(len(one.us) for one in times)
+    note = (
+        f"a busy machine: other programs took up to {1 - min(shares):.0%} of the processor while "
+        f"{len(shares)} of {count} latencies were measured; these were not kept, and a quiet "
+        "machine may lead to another plan"
+    )
+    return [note]
 
 
 def _seen(site: Site) -> int:

@@ -2,16 +2,17 @@
 
 Weights are as many distinct copies as the model has weights (up to `WORKING` bytes of dense ones),
 so that a model that leaves the caches is measured outside of them and one that does not is not.
-Every format takes turns with the dense product. What is kept are the least times of many short
-turns, as other programs only ever add to a time: medians of a busy machine tell of its scheduler.
+Every format takes turns with the dense product and is told as a share of it, so that what slows
+both cancels out. What counts are the least times of many short turns, as other programs only ever
+add to a time. Where they took much of the processor even so, figures are used and not kept.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 
 import torch
@@ -23,13 +24,17 @@ from sparsefx.ir.cache import Cache
 from sparsefx.ir.errors import SpecError
 from sparsefx.ir.format import Format
 
-VERSION = 3
+VERSION = 4
 """Of what is kept and how it is measured."""
 WORKING = 256 << 20
 """Bytes of dense weights that are multiplied by in turns, at most."""
 BOUND = 64
 """From so many rows on arithmetic bounds a product, and 4 copies are enough."""
 TURNS = 25
+TRIES = 3
+"""How often the turns are taken, at most, until nothing disturbs them."""
+CALM = 0.9
+"""Share of the time that this process must have computed while it was timed."""
 SHORTEST = 5e-4
 """Seconds that a turn takes at least, in calls."""
 Run = Callable[[], Tensor]
@@ -54,6 +59,39 @@ class Product:
         return 1 << max(1, wanted.bit_length() - 1)
 
 
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of one product by format."""
+
+    us: Mapping[str, float]
+    disturbed: Mapping[str, float] = field(default_factory=dict)
+    """Formats that were timed on a busy machine: the share of the time that was left for them."""
+
+
+def clocks() -> tuple[float, float, float]:
+    """Seconds: of the wall, computed by this thread, computed by the process."""
+    return time.perf_counter(), time.thread_time(), time.process_time()
+
+
+class Watch:
+    """What other programs on the same cores, or a limit on them, take from this process.
+
+    What others do on other cores, to memory or the clock rate, it cannot see.
+    """
+
+    def __init__(self) -> None:
+        self.start = clocks()
+
+    def share(self) -> float:
+        """Of the wall time since the start, how much was computed: 1 where nothing disturbed."""
+        wall, own, every = (now - then for now, then in zip(clocks(), self.start, strict=True))
+        return min(1.0, max(own, every / torch.get_num_threads()) / max(wall, 1e-9))
+
+
+class _Busy(Exception):
+    """Figures that are not to be kept, in `args`."""
+
+
 def machine(device: str = "cpu") -> str:
     """What latencies are kept for: processor, torch, instruction set, threads."""
     if device != "cpu":
@@ -75,29 +113,36 @@ def check_device(device: str) -> None:
 
 def microseconds(
     product: Product, formats: Sequence[str], progress: Callable[[str], None]
-) -> dict[str, float]:
+) -> Times:
     """Of one product with "dense" and each of `formats`; measured once, then from the cache."""
     cache = Cache()
     where = f"latency {VERSION}|{machine(product.device)}|{crossover.mode()}|{product}"
     dense: list[Run] = []
+    disturbed: dict[str, float] = {}
 
-    def measured(text: str) -> tuple[float, float]:
+    def measured(text: str) -> bytes:
         if not dense:
             dense.extend(_dense(product))
         runs = dense if text == "dense" else _stored(product, text)
-        return _compare(runs, dense, product.device)
+        share, own, calm = _compare(runs, dense, product.device)
+        if calm < CALM:
+            disturbed[text] = calm
+            raise _Busy(share, own)
+        return json.dumps((share, own)).encode()
 
     def kept(text: str) -> tuple[float, float]:
         progress(f"{text} of {product.n}×{product.k}, {product.m} rows")
-        with torch.inference_mode():
-            share, own = json.loads(cache.get(
-                f"{where}|{text}", lambda: json.dumps(measured(text)).encode()))  # fmt: skip
+        try:
+            with torch.inference_mode():
+                share, own = json.loads(cache.get(f"{where}|{text}", lambda: measured(text)))
+        except _Busy as busy:
+            share, own = busy.args
         return float(share), float(own)
 
     found = {text: kept(text) for text in dict.fromkeys(("dense", *formats))}
     base = 1e6 * min(own for _, own in found.values())
-    times = {text: 1e6 * share * own for text, (share, own) in found.items()} | {"dense": base}
-    return {text: float(f"{us:.4g}") for text, us in times.items()}
+    times = {text: share * base for text, (share, _) in found.items()} | {"dense": base}
+    return Times({text: float(f"{us:.4g}") for text, us in times.items()}, disturbed)
 
 
 def _dense(product: Product) -> list[Run]:
@@ -131,12 +176,20 @@ def _input(product: Product) -> Tensor:
     return torch.randn(product.m, product.k, generator=random).to(product.device, product.dtype)
 
 
-def _compare(runs: Sequence[Run], dense: Sequence[Run], device: str) -> tuple[float, float]:
-    """One call's least time over that of a dense call, and the dense call's own, in seconds."""
+def _compare(runs: Sequence[Run], dense: Sequence[Run], device: str) -> tuple[float, float, float]:
+    """One call's least time over that of a dense call, the dense call's own, in seconds, and
+    `Watch.share` of the calmest try (1 elsewhere than on CPUs: the process only waits)."""
     turn, other = _Turn(runs, device), _Turn(dense, device)
-    pairs = [(turn.seconds(), other.seconds()) for _ in range(TURNS)]
+    pairs: list[tuple[float, float]] = []
+    calm = 0.0
+    for _ in range(TRIES):
+        watch = Watch()
+        pairs += [(turn.seconds(), other.seconds()) for _ in range(TURNS)]
+        calm = max(calm, watch.share() if device == "cpu" else 1.0)
+        if calm >= CALM:
+            break
     least, own = (min(times) for times in zip(*pairs, strict=True))
-    return float(f"{least / own:.4g}"), float(f"{own:.4g}")
+    return float(f"{least / own:.4g}"), float(f"{own:.4g}"), calm
 
 
 class _Turn:

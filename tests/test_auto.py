@@ -23,7 +23,7 @@ from sparsefx.passes.trial import Trial
 from sparsefx.runtime import latency
 from sparsefx.runtime.auto import auto, corrected, model_bytes
 from sparsefx.runtime.install import packed_modules
-from sparsefx.runtime.latency import Product
+from sparsefx.runtime.latency import Product, Times
 from sparsefx.runtime.plan_file import Plan, Price, SitePrices, price_table
 from sparsefx.runtime.report import as_text
 
@@ -62,11 +62,9 @@ def batches(count: int = 4, rows: int = 48, width: int = 32) -> list[Tensor]:
     return [torch.randn(rows, width, generator=random) for _ in range(count)]
 
 
-def fake(
-    product: Product, formats: Sequence[str], progress: Callable[[str], None]
-) -> dict[str, float]:
+def fake(product: Product, formats: Sequence[str], progress: Callable[[str], None]) -> Times:
     """Microseconds that only tests know."""
-    return {text: product.n * product.k / 100 * SPEED[text] for text in formats}
+    return Times({text: product.n * product.k / 100 * SPEED[text] for text in formats})
 
 
 def plan(target: Any, model: nn.Module | None = None, **rest: Any) -> Plan:
@@ -143,6 +141,7 @@ def test_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(latency, "TURNS", 3)
     monkeypatch.setattr(latency, "SHORTEST", 1e-4)
+    monkeypatch.setattr(latency, "CALM", 0.0)
     goal: dict[str, Any] = {"calibration": batches(), "progress": False}
     paths = [auto(net(), "quality_loss=0.1,rows=4", **goal).save(tmp_path / f"{i}.yaml")
              for i in range(2)]  # fmt: skip
@@ -291,6 +290,19 @@ def test_the_price_list_shows_all() -> None:
         assert f"{site.paid.bytes:,}" in line
         assert site.name in text
     assert "6 refused (int8, …): ignore='head' in the spec" in text
+
+
+def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+    def busy(product: Product, *rest: Any) -> Times:
+        disturbed = {"int8": 0.6, "int4g32": 0.75} if product.n == 160 else {}
+        return Times(fake(product, *rest).us, disturbed)
+
+    found = auto(net(), "latency=0.5", calibration=batches(), measure=busy, progress=False)
+    said = found.notes[-1]
+    # Each of three products is timed dense and in six formats; 16 outputs have no rank of 32.
+    assert "up to 40% of the processor while 4 of 20 latencies" in said
+    assert f"# note:     {said}" in found.save(tmp_path / "plan.yaml").read_text()
+    assert not [note for note in plan("latency=0.5").notes if "busy" in note]
 
 
 def test_a_loss_of_ones_own() -> None:

@@ -119,6 +119,7 @@ def test_a_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SPARSEFX_CACHE", str(tmp_path))
     monkeypatch.setattr(latency, "TURNS", 1)
     monkeypatch.setattr(latency, "SHORTEST", 1e-4)
+    monkeypatch.setattr(latency.Watch, "share", lambda self: 0.6)
     monkeypatch.setattr(candidates, "CANDIDATES", ("int8", "int4g32"))
     monkeypatch.setitem(MODELS, "tiny", tiny)
     targets = ["bits=10", "auto:bits=6"]
@@ -132,5 +133,7 @@ def test_a_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert four.bytes == plans[1].bytes < eight.bytes == fixed.bytes < dense.bytes
     assert all(point.ms > 0 for point in found.points)
     assert "1×16 tokens" in found.setting
+    assert found.setting.endswith("; a busy machine: other programs took 40% of the processor")
+    assert all("a busy machine" in plan.notes[-1] for plan in plans)
     with pytest.raises(SpecError, match="did you mean 'tiny'"):
         run("tyny")
