@@ -96,7 +96,7 @@ bench-gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 test-gpu:
-	@OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n 8 --dist load tests/test_gpu.py $(ARGS)
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu -n 8 --dist load tests/test_gpu.py tests/test_triton_graph.py $(ARGS)
 
 lint: .venv/dev.stamp
 	@$(BIN)/ruff check .
