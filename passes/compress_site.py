@@ -15,7 +15,7 @@ from sparsefx.ir.sites import Site
 from sparsefx.passes.criteria import CRITERIA
 from sparsefx.passes.criteria.random import site_seed
 from sparsefx.passes.gradients import Gradients
-from sparsefx.passes.lowrank import Branch, product
+from sparsefx.passes.lowrank import Branch, lowrank, product
 from sparsefx.passes.recipe import Recipe
 from sparsefx.passes.solvers import AFTER, SOLVERS
 from sparsefx.passes.statistics import Statistics, energy, output_error
@@ -75,19 +75,28 @@ class Bench:
     """A pattern chosen before, (N, K)."""
     steps: list[Step] = field(default_factory=list)
 
-    def quantise(self, weight: Tensor, target: Tensor) -> Packed:
-        """`weight` (N, K) stored; errors of steps are relative to `target`'s outputs."""
-        recipe, statistics = self.recipe, self.statistics
+    def store(self, weight: Tensor, target: Tensor) -> Packed:
+        """`weight` (N, K) by the solver; errors of steps are relative to `target`'s outputs."""
         mask = self.mask if self.mask is not None else self._mask(weight)
-        solve = SOLVERS[recipe.solver]
-        packed = solve(weight, self.format, mask, statistics, recipe.damping)
+        solve = SOLVERS[self.recipe.solver]
+        packed = solve(weight, self.format, mask, self.statistics, self.recipe.damping)
+        error = _ratio(weight, target, self.statistics) * self.error(weight, packed)
+        self.steps.append(Step(self.recipe.name(self.format), error))
+        return packed
+
+    def error(self, weight: Tensor, packed: Packed) -> float:
+        """What storing `weight` lost, relative to its own outputs."""
+        return output_error(weight, packed.unpack(), self.statistics)
+
+    def improve(self, weight: Tensor, packed: Packed, target: Tensor) -> Packed:
+        """The after-treatments, each where it helps, of what is stored for `weight` (N, K)."""
+        statistics = self.statistics
         scale = _ratio(weight, target, statistics)
-        error = scale * output_error(weight, packed.unpack(), statistics)
-        self.steps.append(Step(recipe.name(self.format), error))
-        for name in recipe.after if statistics is not None else ():
+        error = scale * self.error(weight, packed)
+        for name in self.recipe.after if statistics is not None else ():
             assert statistics is not None
             found = AFTER[name](weight, packed, statistics)
-            now = scale * output_error(weight, found.unpack(), statistics)
+            now = scale * self.error(weight, found)
             self.steps.append(Step(name, now, kept=now < error))
             if now < error:
                 packed, error = found, now
@@ -140,25 +149,34 @@ def compress_site(
 
 
 def _with_branch(bench: Bench, target: Tensor, weight: Tensor) -> tuple[Packed, Branch]:
-    """What is stored and the branch: of all turns from both starts, the pair with the least error.
+    """What is stored and the branch: of all turns from both starts, the pair with the least error,
+    its stored part improved and the branch fitted to that once more.
 
     Without calibration one turn: what rounding lost.
     """
-    if not bench.format.rank:
-        return bench.quantise(weight if bench.statistics is None else target, target), ()
+    statistics, rank = bench.statistics, bench.format.rank
+    if not rank:
+        packed = bench.store(weight if statistics is None else target, target)
+        return bench.improve(target, packed, target), ()
     best: tuple[float, Packed, Branch] | None = None
-    for name, from_error in STARTS if bench.statistics is not None else STARTS[:1]:
+    for name, from_error in STARTS if statistics is not None else STARTS[:1]:
         found = turns(
-            weight, bench.statistics, bench.format, lambda rest: bench.quantise(rest, target),
-            from_error,
-        )  # fmt: skip
-        for _ in range(TURNS if bench.statistics is not None else 1):
+            weight, statistics, bench.format, lambda rest: bench.store(rest, target), from_error
+        )
+        for _ in range(TURNS if statistics is not None else 1):
             pair = next(found)
             better = best is None or pair[0] < best[0]
-            bench.steps.append(Step(f"r{bench.format.rank} {name}", pair[0], kept=better))
+            bench.steps.append(Step(f"r{rank} {name}", pair[0], kept=better))
             best = pair if better else best
     assert best is not None
-    return best[1], best[2]
+    error, packed, branch = best
+    if statistics is None or not bench.recipe.after:
+        return packed, branch
+    improved = bench.improve(target - product(branch), packed, target)
+    fitted = lowrank(weight, improved, statistics.second)
+    now = output_error(target, effective(improved, fitted), statistics)
+    bench.steps.append(Step(f"r{rank} of what is left", now, kept=now < error))
+    return (improved, fitted) if now < error else (packed, branch)
 
 
 def effective(packed: Packed, branch: Branch) -> Tensor:
