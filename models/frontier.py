@@ -46,6 +46,8 @@ def frontier(
     goals = [Target.read(f"{t.removeprefix('auto:')},rows={rows}") for t in targets]
     fixed = {spec: Spec.read(spec) for spec in specs}
     bundle = MODELS[name]()
+    if "input_ids" not in bundle.example_inputs:
+        raise SpecError(f"'{name}' reads no tokens; the frontier is drawn for models that do")
     batches = bundle.calibration(calibrate)
     made = plans(
         bundle.model, goals, calibration=batches, example_inputs=bundle.example_inputs,

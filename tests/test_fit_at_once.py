@@ -7,6 +7,8 @@ import torch
 
 from sparsefx.ir.codecs import ints
 from sparsefx.ir.codecs.ints import Int
+from sparsefx.ir.errors import WeightError
+from sparsefx.ir.format import Format
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,15 @@ def test_both_ways_find_the_same_grid(
         ):  # fmt: skip
             assert (a is None) == (b is None)
             assert a is None or b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("text", ["int8", "int4g32", "uint4g32", "fp8"])
+def test_rows_that_training_left_dead_are_stored_as_zeros(text: str) -> None:
+    """Their scales are no fp16; next to the others they are nothing. Alone they are an error."""
+    weight = torch.randn(8, 64)
+    weight[3] = 1e-9 * torch.randn(64)
+    stored = Format.parse(text).pack(weight).unpack()
+    assert not stored[3].any()
+    assert torch.equal(stored[:3], Format.parse(text).pack(weight[:3]).unpack())
+    with pytest.raises(WeightError, match="fp16"):
+        Format.parse(text).pack(weight[3:4])

@@ -94,9 +94,18 @@ class Codec(ABC):
         """Bits that `count` stored values and the grid need; `itemsize` of the dense weight."""
 
 
+NEGLIGIBLE = 2.0**-24
+"""Scales below this share of a weight's greatest are of rows that training left dead: float32 sums
+of the weight's outputs would not show them."""
+
+
 def fp16_scales(scales: Tensor) -> Tensor:
-    """`scales` as fp16 stores them, in float32; 1 for 0. Raises WeightError beyond its range."""
-    out = torch.where(scales == 0, 1.0, scales).to(SCALE).float()
+    """`scales` as fp16 stores them, in float32; 1, so that codes are 0, for 0 and what is
+    NEGLIGIBLE and no fp16. Raises WeightError beyond fp16's range."""
+    size = scales.abs()
+    dead = size <= (NEGLIGIBLE * size.amax() if size.numel() else 0.0)
+    dead &= scales.to(SCALE) == 0
+    out = torch.where(dead, 1.0, scales).to(SCALE).float()
     if bool((out == 0).any()) or not bool(torch.isfinite(out).all()):
         worst = scales[(out == 0) | ~torch.isfinite(out)].flatten()[0]
         raise WeightError(

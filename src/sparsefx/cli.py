@@ -23,8 +23,9 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="smollm2, minilm or antiberty; a Hugging Face folder on disk; for `compress` an .onnx "
-        "file; or `package.module:function` that returns a model and its example inputs"
+        help="smollm2, minilm, antiberty or efficientnet; a Hugging Face folder on disk; for "
+        "`compress` an .onnx file; or `package.module:function` that returns a model and its "
+        "example inputs"
     ),
 ]
 SpecOption = Annotated[str, typer.Option(help="Format text or a YAML/JSON file")]
@@ -205,13 +206,13 @@ def demo(
 
     Example: `sparsefx demo minilm --out out`
     """
-    from sparsefx.models import MODELS
+    from sparsefx.models.demo import RECIPES
     from sparsefx.models.demo import demo as run
 
     for name in models or []:
-        if name not in MODELS:
-            raise SpecError(f"no bundled model {name!r}{nearest(name, MODELS)}")
-    run(models or list(MODELS), out)
+        if name not in RECIPES:
+            raise SpecError(f"no model {name!r} in the demo{nearest(name, RECIPES)}")
+    run(models or list(RECIPES), out)
 
 
 def _compress_onnx(source: Path, spec: str, calibrate: int, out: Path, data: Path | None) -> None:
