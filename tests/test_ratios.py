@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,6 +43,7 @@ def mean(sites: list[Need], shares: list[float]) -> float:
 
 
 @settings(max_examples=60, deadline=None)
+@example("sensitivity", 303, 0.01)  # what was left to spend fell below 0 by rounding
 @given(
     name=st.sampled_from(list(RATIOS)),
     seed=st.integers(0, 2**31),

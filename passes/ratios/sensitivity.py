@@ -49,7 +49,7 @@ def sensitivity(sites: Sequence[Need], share: float) -> list[float]:
         size = sites[index].n * sites[index].k
         step = min(width, left / size)
         out[index] = min(out[index] + step, MOST)
-        left -= step * size
+        left = max(left - step * size, 0.0)  # rounding may take it below
     return out
 
 
