@@ -133,6 +133,8 @@ class _Compressor:
             found = collect(weights, part.run, self.probe.watch, sums)
         else:
             found = collect(weights, drift.run, self.probe.watch, sums, before=drift.before)
+            why = "does not follow the dense model: its input rows are not the same tokens there"
+            self.remark(drift.refused, why)
         inside = {site.name for site in part.sites}
         for feed in self.feeds:
             if inside.isdisjoint(feed.names):
