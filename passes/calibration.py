@@ -19,6 +19,7 @@ from sparsefx.ir.capture import split_inputs
 from sparsefx.ir.sites import Site
 from sparsefx.passes.blocks import Batch, Blocks, Call, find_blocks, record
 from sparsefx.passes.collector import Run
+from sparsefx.passes.padding import Kept, kept_tokens
 
 BUDGET = 256 << 20
 """Bytes of second moments held at once."""
@@ -31,6 +32,8 @@ class Part:
     sites: Sequence[Site]
     run: Run
     """Runs all calibration batches through the part, one at each step of the iterator."""
+    kept: Sequence[Kept] = ()
+    """Per batch, the tokens that are no padding."""
     module: nn.Module | None = None
     """The block; None where a run is one of the whole model."""
     calls: Sequence[Call] = ()
@@ -61,20 +64,27 @@ def stream(
 ) -> None:
     """Show every part of the model to `visitor`, in call order."""
     data = [split_inputs(batch) for batch in batches]
+    kept = [kept_tokens(named) for _, named in data]
     left = {site.name: site for site in sites}
     with torch.no_grad():
         for blocks in find_blocks(model, sites):
-            if _replay(model, blocks, data, visitor):
+            if _replay(model, blocks, data, kept, visitor):
                 for group in blocks.sites:
                     for site in group:
                         left.pop(site.name, None)
         for group in within_budget(list(left.values())):
-            part = Part(group, lambda: _run_all(model, data))
+            part = Part(group, lambda: _run_all(model, data), kept)
             visitor.part(part)
             visitor.finish(part)
 
 
-def _replay(model: nn.Module, blocks: Blocks, data: Sequence[Batch], visitor: Visitor) -> bool:
+def _replay(
+    model: nn.Module,
+    blocks: Blocks,
+    data: Sequence[Batch],
+    kept: Sequence[Kept],
+    visitor: Visitor,
+) -> bool:
     """Stream one chain of blocks; False (nothing done) when they are not called as a chain."""
     recorded = record(model, blocks, data)
     if recorded is None:
@@ -94,7 +104,9 @@ def _replay(model: nn.Module, blocks: Blocks, data: Sequence[Batch], visitor: Vi
                 dense[i] = call.run(module, dense[i])
                 yield
 
-        part = Part(sites, run, module, now, hidden, beside if visitor.targets else None, dense)
+        part = Part(
+            sites, run, kept, module, now, hidden, beside if visitor.targets else None, dense
+        )
         if sites:
             visitor.part(part)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsefx.ir.products import PRODUCTS
 from sparsefx.ir.sites import Site
+from sparsefx.passes.padding import Kept, without_padding
 from sparsefx.passes.statistics import Statistics
 
 Watch = Callable[[Site, Tensor, Tensor], None]
@@ -22,7 +24,8 @@ class Collector(TorchFunctionMode):
     """While active, every product with one of `weights` is shown to `watch`, and with `sums` adds
     its input rows to that Site's Statistics.
 
-    Products that read the same tensor (q, k, v) share one Statistics, summed once.
+    Products that read the same tensor (q, k, v) share one Statistics, summed once. Rows of padding
+    are neither shown nor summed.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class Collector(TorchFunctionMode):
         self.watch, self.sums, self.moments = watch, sums, moments
         self.sites = {id(w): (name, site) for name, (site, w) in weights.items()}
         self.statistics: dict[str, Statistics] = {}
+        self.kept: Kept = None
+        """Of the batch that is run."""
         self._seen: dict[int, tuple[Tensor, Statistics]] = {}
 
     def __torch_function__(
@@ -56,6 +61,7 @@ class Collector(TorchFunctionMode):
             x = x.movedim(1, -1)
         if site.kind not in ("linear", "conv1x1") or x.shape[-1] != site.k:
             return
+        x = without_padding(x, self.kept)
         self.watch(site, weight, x)
         if not self.sums:
             return
@@ -67,8 +73,9 @@ class Collector(TorchFunctionMode):
             mine.add(x)
         self._seen[id(given[0])] = (given[0], mine)
 
-    def forget_inputs(self) -> None:
-        """Drop the references that tell shared inputs apart; call between batches."""
+    def begin(self, kept: Kept) -> None:
+        """A new batch: drop the references that tell shared inputs apart."""
+        self.kept = kept
         self._seen.clear()
 
 
@@ -79,15 +86,18 @@ def collect(
     sums: bool = True,
     moments: bool = True,
     before: Callable[[], None] = lambda: None,
+    kept: Sequence[Kept] = (),
 ) -> dict[str, Statistics]:
     """Statistics by the Site's name of what `run` shows; none for a Site that is never reached.
 
-    `before` is called ahead of every batch, and not watched.
+    `before` is called ahead of every batch, and not watched. `kept` tells of every batch which
+    tokens count; all do without it.
     """
     collector, batches = Collector(weights, watch, sums, moments), iter(run())
-    while True:
+    for count in itertools.count():
+        collector.begin(kept[count] if count < len(kept) else None)
         before()
         with collector:
             if next(batches, collector) is collector:
-                return collector.statistics
-        collector.forget_inputs()
+                break
+    return collector.statistics

@@ -130,9 +130,11 @@ class _Compressor:
         sums = bool(self.recipe.needs_inputs or self.feeds)
         drift = self.drift(weights, part)
         if drift is None:
-            found = collect(weights, part.run, self.probe.watch, sums)
+            found = collect(weights, part.run, self.probe.watch, sums, kept=part.kept)
         else:
-            found = collect(weights, drift.run, self.probe.watch, sums, before=drift.before)
+            found = collect(
+                weights, drift.run, self.probe.watch, sums, True, drift.before, part.kept
+            )
             why = "does not follow the dense model: its input rows are not the same tokens there"
             self.remark(drift.refused, why)
         inside = {site.name for site in part.sites}
@@ -161,7 +163,7 @@ class _Compressor:
         if part.beside is None:
             return None
         if self.recipe.follow:
-            return Drift(weights, part.beside, part.run)
+            return Drift(weights, part.beside, part.run, part.kept)
         exhaust(part.beside)
         return None
 

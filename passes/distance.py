@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sparsefx.ir.capture import split_inputs
 from sparsefx.ir.errors import WeightError
 from sparsefx.passes.gradients import Loss
+from sparsefx.passes.padding import kept_tokens, without_padding
 
 
 @dataclass
@@ -70,9 +72,8 @@ def judged(outputs: Any, batch: Any) -> tuple[Tensor, bool]:
     y = named if isinstance(named, Tensor) else next(floats, None)
     if y is None or y.dim() == 0:
         raise WeightError("'auto' compares float outputs; the model returns none: give loss=…")
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and y.dim() == 3 and mask.shape == y.shape[:2]:
-        y = y[mask.bool()]
+    if y.dim() == 3:
+        y = without_padding(y, kept_tokens(split_inputs(batch)[1]))
     rows = y.reshape(-1, y.shape[-1]).float()
     return rows, named is not None
 

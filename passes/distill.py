@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sparsefx.ir.capture import split_inputs
 from sparsefx.passes.compress_site import Result, Step
 from sparsefx.passes.latent import Latent
+from sparsefx.passes.padding import Kept, kept_tokens, mean_over_tokens
 from sparsefx.passes.spec import Recovery
 from sparsefx.passes.training import fast_bf16, size_of, train
 
@@ -36,18 +37,20 @@ class Output:
     """float16 log-probabilities (…, LIKELIEST), or the output itself."""
     tokens: Tensor | None
     """int32 ids that go with log-probabilities."""
+    kept: Kept
 
     def distance(self, output: Any) -> Tensor:
         """KL divergence per token, or the squared error relative to the output's power."""
         found = tensor_of(output).float()
         if self.tokens is None:
             power = self.values.float().square().sum(-1).clamp(min=1e-12)
-            return ((found - self.values.float()).square().sum(-1) / power).mean()
+            error = (found - self.values.float()).square().sum(-1) / power
+            return mean_over_tokens(error, self.kept)
         want = self.values.float()
         got = F.log_softmax(found, -1).gather(-1, self.tokens.long())
         rest = (1 - want.exp().sum(-1)).clamp(min=1e-6), (1 - got.exp().sum(-1)).clamp(min=1e-6)
         inside = (want.exp() * (want - got)).sum(-1)
-        return (inside + rest[0] * (rest[0] / rest[1]).log()).mean()
+        return mean_over_tokens(inside + rest[0] * (rest[0] / rest[1]).log(), self.kept)
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -70,11 +73,11 @@ def record(model: nn.Module, batches: Sequence[Any]) -> list[Output]:
 def _record(model: nn.Module, batch: Any) -> Output:
     args, kwargs = split_inputs(batch)
     output = model(*args, **kwargs)
-    found = tensor_of(output)
+    found, kept = tensor_of(output), kept_tokens(kwargs)
     if not isinstance(output, Tensor) and "logits" in output and found.shape[-1] > LIKELIEST:
         best = found.float().log_softmax(-1).topk(LIKELIEST)
-        return Output(best.values.half(), best.indices.int())
-    return Output(found.clone(), None)
+        return Output(best.values.half(), best.indices.int(), kept)
+    return Output(found.clone(), None, kept)
 
 
 def distill(

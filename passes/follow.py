@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from sparsefx.ir.products import PRODUCTS
 from sparsefx.ir.sites import Site
 from sparsefx.passes.collector import Run
+from sparsefx.passes.padding import Kept, without_padding
 from sparsefx.passes.statistics import energy
 
 SUMS = {"add", "iadd", "radd"}
@@ -37,6 +38,11 @@ class Rows:
     """Its input (…, K)."""
     residual: Tensor | None = None
     """What its output is added to (…, N), if anything."""
+
+    def counted(self, kept: Kept) -> Rows:
+        """Without padding."""
+        residual = None if self.residual is None else without_padding(self.residual, kept)
+        return Rows(without_padding(self.x, kept), residual)
 
 
 class _Watch(TorchFunctionMode):
@@ -85,9 +91,16 @@ class _Watch(TorchFunctionMode):
 class Drift:
     """What a block's products read and add to, dense minus compressed, summed over batches."""
 
-    def __init__(self, weights: Mapping[str, tuple[Site, Tensor]], dense: Run, run: Run) -> None:
-        """`dense` and `run` take the dense and the compressed model's inputs through the block."""
-        self.weights, self._run = weights, run
+    def __init__(
+        self,
+        weights: Mapping[str, tuple[Site, Tensor]],
+        dense: Run,
+        run: Run,
+        kept: Sequence[Kept] = (),
+    ) -> None:
+        """`dense` and `run` take the dense and the compressed model's inputs through the block; of
+        each batch, `kept` tells which tokens count."""
+        self.weights, self._run, self._kept = weights, run, iter(kept)
         self._dense = iter(dense())
         self._ahead: _Watch | None = None
         self.cross: dict[str, Tensor] = {}
@@ -113,10 +126,10 @@ class Drift:
                 if next(batches, self) is self:
                     return
             assert self._ahead is not None
-            self._add(self._ahead, mine)
+            self._add(self._ahead, mine, next(self._kept, None))
             yield
 
-    def _add(self, dense: _Watch, mine: _Watch) -> None:
+    def _add(self, dense: _Watch, mine: _Watch, kept: Kept) -> None:
         self.refused |= mine.repeated
         for name, now in mine.rows.items():
             then = dense.rows.get(name)
@@ -124,7 +137,7 @@ class Drift:
             if then is None or then.x.shape != now.x.shape or now.x.dim() < 3:
                 self.refused.add(name)
             else:
-                self._sum(name, then, now)
+                self._sum(name, then.counted(kept), now.counted(kept))
 
     def _sum(self, name: str, then: Rows, now: Rows) -> None:
         site, weight = self.weights[name]

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from sparsefx.passes.calibration import Part
 from sparsefx.passes.compress_site import Result, Step
 from sparsefx.passes.latent import Latent
+from sparsefx.passes.padding import mean_over_tokens
 from sparsefx.passes.spec import Recovery
 from sparsefx.passes.training import fast_bf16, size_of, train
 
@@ -74,8 +75,8 @@ class _Block:
         out = out[0] if isinstance(out, (tuple, list)) else out
         target = self.part.targets[index].float()
         power = target.square().sum(-1).clamp(min=1e-12)
-        error: Tensor = ((out.float() - target).square().sum(-1) / power).mean()
-        return error
+        error = (out.float() - target).square().sum(-1) / power
+        return mean_over_tokens(error, self.part.kept[index] if self.part.kept else None)
 
     def error(self) -> float:
         """Root of the mean relative error over all batches."""

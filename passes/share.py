@@ -63,7 +63,7 @@ class _Measure:
 
     def part(self, part: Part) -> None:
         weights = {s.name: (s, self.model.get_parameter(s.name)) for s in part.sites}
-        found = collect(weights, part.run)
+        found = collect(weights, part.run, kept=part.kept)
         for site in part.sites:
             if site.name in found:
                 self.numbers[site.name] = self._of(site, found[site.name])

@@ -49,7 +49,7 @@ class EachSite:
 
         for group in within_budget(part.sites):
             weights = {s.name: (s, self.model.get_parameter(s.name)) for s in group}
-            statistics = collect(weights, part.run, watch)
+            statistics = collect(weights, part.run, watch, kept=part.kept)
             for site in group:
                 self.see(site, statistics.get(site.name))
 

@@ -13,6 +13,7 @@ import torch
 from sparsefx.ir.errors import ExportError, SpecError, nearest
 from sparsefx.passes.calibration import BUDGET
 from sparsefx.passes.collector import Watch
+from sparsefx.passes.padding import kept_tokens, without_padding
 from sparsefx.passes.statistics import Statistics
 from sparsefx.runtime.from_onnx_find import Weight
 
@@ -128,10 +129,11 @@ class Activations:
         names = list(dict.fromkeys(str(use.x.name) for weight in part for use in weight.uses))
         found = run(self.session, [self.outputs[name] for name in names], feeds)
         seen = {name: torch.from_numpy(x) for name, x in zip(names, found, strict=True)}
+        kept = kept_tokens({name: torch.from_numpy(feed) for name, feed in feeds.items()})
         added: dict[object, Statistics] = {}
         for weight in part:
             site = weight.site
-            rows = [use.rows(seen[str(use.x.name)]) for use in weight.uses]
+            rows = [without_padding(use.rows(seen[str(use.x.name)]), kept) for use in weight.uses]
             for x in rows:
                 watch(site, weight.tensor(), x)
             if sums is None:

@@ -123,10 +123,11 @@ def test_shared_inputs_are_summed_once_and_exactly() -> None:
         for name, m in (("q", q), ("k", k))
     }
     xs = [torch.randn(3, 8), torch.randn(5, 8)]
-    with Collector(pairs) as collector, torch.no_grad():
-        for x in xs:
+    collector = Collector(pairs)
+    for x in xs:
+        collector.begin(None)
+        with collector, torch.no_grad():
             q(x), k(x)
-            collector.forget_inputs()
     want = sum(x.T @ x for x in xs)
     assert collector.statistics["q"] is collector.statistics["k"]
     torch.testing.assert_close(collector.statistics["q"].second, want)
