@@ -70,7 +70,8 @@ def _sweep(
             at = Grid(*(None if t is None else t[j] for t in (grid.scales, grid.zero_points)))
             want = near[j - start].div(diagonal[j]).add_(row)
             new = codec.decode(codec.encode(want, at), at).mul_(kept[j])
-            near.addr_(inner[:, j - start], new - row, alpha=-1)
+            ahead = j + 1 - start
+            near[ahead:].addr_(inner[ahead:, j - start], new - row, alpha=-1)
             values[j] = new
         pull.addmm_(moments[:, start:stop], values[start:stop] - before, alpha=-1)
 

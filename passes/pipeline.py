@@ -28,6 +28,7 @@ from sparsefx.passes.dead_ranks import dead_ranks
 from sparsefx.passes.fold import fold
 from sparsefx.passes.fuse_branches import fuse_branches
 from sparsefx.passes.fuse_epilogues import fuse_epilogues
+from sparsefx.passes.fuse_norms import fuse_norms
 from sparsefx.passes.fuse_unpack import fuse_unpack
 from sparsefx.passes.manager import with_plugins
 from sparsefx.passes.merge_siblings import merge_siblings
@@ -45,6 +46,7 @@ PASSES = with_plugins(
         dead_ranks,  # what a branch multiplies by zero
         merge_siblings,  # products of one x become one call
         fuse_epilogues,  # bias, activation, gate and residual go into the product
+        fuse_norms,  # root mean square norms that are written out
     ),
     (
         clean_up,  # what changes nothing, is computed twice, or is not read
