@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from sparsefx.ir.products import PRODUCTS
 from sparsefx.ir.sites import Site
 from sparsefx.passes.padding import Kept, without_padding
-from sparsefx.passes.statistics import Statistics
+from sparsefx.passes.statistics import Statistics, shrunk
 
 Watch = Callable[[Site, Tensor, Tensor], None]
 """Sees a product of a Site's parameter with x (…, K); must keep neither."""
@@ -90,8 +90,8 @@ def collect(
 ) -> dict[str, Statistics]:
     """Statistics by the Site's name of what `run` shows; none for a Site that is never reached.
 
-    `before` is called ahead of every batch, and not watched. `kept` tells of every batch which
-    tokens count; all do without it.
+    Their second moments are shrunk. `before` is called ahead of every batch, and not watched.
+    `kept` tells of every batch which tokens count; all do without it.
     """
     collector, batches = Collector(weights, watch, sums, moments), iter(run())
     for count in itertools.count():
@@ -100,4 +100,4 @@ def collect(
         with collector:
             if next(batches, collector) is collector:
                 break
-    return collector.statistics
+    return shrunk(collector.statistics)

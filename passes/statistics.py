@@ -17,6 +17,8 @@ class Statistics:
         self.rows = 0
         self.second: Tensor | None = torch.zeros(k, k, device=device) if moments else None
         """Sum of xᵀx (K, K): the Hessian of the layer's squared output error, up to a factor."""
+        self._batches, self._power = 0, 0.0
+        """How many sums were added to `second`, and Σ of their squared Frobenius norms."""
         self.squares = torch.zeros(k, device=device)
         """Sum of x² (K,)."""
         self.total = torch.zeros(k, device=device)
@@ -34,7 +36,28 @@ class Statistics:
         self.total += flat.sum(0)
         self.peak = torch.maximum(self.peak, flat.abs().amax(0))
         if self.second is not None:
-            self.second.addmm_(flat.T, flat)
+            own = flat.T @ flat
+            self.second += own
+            self._batches += 1
+            self._power += float(own.square().sum(dtype=torch.float64))
+
+    def shrink(self) -> float:
+        """Move `second` towards a multiple of the identity as far as its batches disagree.
+
+        The share that minimises the expected squared error of the sum, with batches for samples:
+        Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
+        J. Multivariate Analysis 88 (2004). Returns the share: 0 with a single batch.
+        """
+        count, moments = self._batches, self.second
+        if moments is None or count < 2:
+            return 0.0
+        total = float(moments.square().sum(dtype=torch.float64))
+        mean = float(moments.diagonal().mean())
+        away = total - len(moments) * mean * mean
+        variance = (self._power - total / count) * count / (count - 1)
+        share = min(max(variance / away, 0.0), 1.0) if away > 0 else 0.0
+        moments.mul_(1 - share).diagonal().add_(share * mean)
+        return share
 
     @property
     def mean(self) -> Tensor:
@@ -45,6 +68,13 @@ class Statistics:
     def norms(self) -> Tensor:
         """Euclidean norm of every column of x (K,)."""
         return self.squares.sqrt()
+
+
+def shrunk(found: dict[str, Statistics]) -> dict[str, Statistics]:
+    """`found` once no batch is to come: every object in it is shrunk, once."""
+    for statistics in {id(s): s for s in found.values()}.values():
+        statistics.shrink()
+    return found
 
 
 def output_error(weight: Tensor, stored: Tensor, statistics: Statistics | None) -> float:

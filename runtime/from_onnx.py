@@ -18,7 +18,7 @@ from sparsefx.passes.outliers import Probe
 from sparsefx.passes.plan import Choice, check
 from sparsefx.passes.recipe import Recipe
 from sparsefx.passes.spec import Spec, check_patterns
-from sparsefx.passes.statistics import Statistics
+from sparsefx.passes.statistics import Statistics, shrunk
 from sparsefx.runtime import export
 from sparsefx.runtime.from_onnx_calibrate import (
     Activations,
@@ -178,6 +178,7 @@ class _Job:
                     summed = sums if recipe.needs_inputs else None
                     runs.show(part, feeds, summed, probe.watch)
                     bar.advance("calibration")
+                shrunk(sums)
                 for weight in part:
                     site = weight.site
                     bar.advance(site.name)
