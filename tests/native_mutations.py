@@ -142,10 +142,16 @@ FLOATS = [
     ("0xc8000fff + (size >> 13 & 1)", "0xc8001000", "float16 rounded half up"),
     ("sign | (rounded - 0x3f000000)", "sign", "subnormal float16 flushed to zero"),
     ("size >= 0x477ff000", "size >= 0x477fe000", "the largest float16 becomes infinity"),
+]
+
+ACTIVATE = [
     ("v[i] < 0 ? 0.0f : v[i]", "v[i] > 0 ? v[i] : 0.0f", "relu turns NaN into 0"),
     ("float e = 1.0f / 720;", "float e = 0;", "e^x without its last term"),
     ("0.044715f", "0.0447f", "a constant of gelu_tanh rounded"),
-    ("v[i] * 0.70710678118654752f", "v[i]", "gelu's argument not divided by the root of 2"),
+    ("* 0.70710678118654752f", "* 0.707f", "the root of 2 in gelu rounded"),
+    ("p = p * t + 0.27886807f;", "p = p * t;", "erfc without one of its terms"),
+    ("? below : beyond", "? beyond : below", "gelu's two sides swapped"),
+    ("reach > 9 ? 0.0f : beyond", "beyond", "gelu far below zero is not zero"),
 ]
 
 AVX512 = [
@@ -312,6 +318,7 @@ MUTATIONS = [
     *_of("pack.cpp", PACK),
     *_of("linear.cpp", LINEAR),
     *_of("floats.h", FLOATS),
+    *_of("activate.h", ACTIVATE),
     *_of("isa.cpp", ISA),
     *_of("threads.cpp", THREADS),
     *_of("kernels.h", KERNELS),

@@ -31,6 +31,7 @@ static bool runs_here() {
 #endif
 #define SFX_ISA amx
 #include "vec_avx512.h"
+#include "activate.h"
 
 #include "amx_units.h"
 
@@ -314,7 +315,7 @@ void quantize(const Weight &w, const float *x, int8_t *codes, float *scales, int
 
 } // namespace amx
 
-const Isa kAmx = {"amx", runs_here, amx::slices, amx::tile, amx::quantize, amx::any_rows};
+const Isa kAmx = {"amx", runs_here, amx::slices, amx::tile, amx::quantize, amx::any_rows, amx::activate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

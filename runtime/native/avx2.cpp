@@ -17,9 +17,11 @@ static bool runs_here() {
 #define SFX_ISA avx2
 #include "vec_avx2.h"
 #include "multiply.h"
+#include "activate.h"
 
 namespace sfx {
-const Isa kAvx2 = {"avx2", runs_here, no_slices, nullptr, avx2::quantize, avx2::multiply};
+const Isa kAvx2 = {"avx2", runs_here, no_slices, nullptr, avx2::quantize, avx2::multiply,
+                  avx2::activate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -21,9 +21,11 @@ static bool runs_here() { // for every processor, hence above the pragmas
 #define SFX_ISA avx512
 #include "vec_avx512.h"
 #include "multiply.h"
+#include "activate.h"
 
 namespace sfx {
-const Isa kAvx512 = {"avx512", runs_here, no_slices, nullptr, avx512::quantize, avx512::multiply};
+const Isa kAvx512 = {"avx512", runs_here, no_slices, nullptr, avx512::quantize, avx512::multiply,
+                    avx512::activate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

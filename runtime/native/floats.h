@@ -1,4 +1,4 @@
-// float16 and bfloat16 to and from float32, and the activations of an epilogue.
+// float16 and bfloat16 to and from float32.
 #pragma once
 
 #include <cmath>
@@ -62,45 +62,6 @@ inline void write(void *to, int64_t start, const float *from, int64_t count, int
   uint16_t *half = static_cast<uint16_t *>(to) + start;
   for (int64_t i = 0; i < count; ++i)
     half[i] = type == SFX_F16 ? to_half(from[i]) : to_bfloat(from[i]);
-}
-
-// e^x to 2 ulp: 2^n · e^r with |r| ≤ ln 2 / 2 and a degree-6 Taylor sum, in a form that vectorises.
-inline float fast_exp(float x) {
-  const float clamped = x > 88.3f ? 88.3f : x < -87.3f ? -87.3f : x;
-  const float n = std::nearbyint(clamped * 1.44269504f);
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float e = 1.0f / 720;
-  e = e * r + 1.0f / 120;
-  e = e * r + 1.0f / 24;
-  e = e * r + 1.0f / 6;
-  e = e * r + 0.5f;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
-  const float scaled = e * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-  return x == x ? scaled : x;
-}
-
-inline void activate(float *v, int64_t count, int activation) {
-  switch (activation) {
-  case SFX_RELU:
-    for (int64_t i = 0; i < count; ++i) v[i] = v[i] < 0 ? 0.0f : v[i];
-    break;
-  case SFX_SILU:
-    for (int64_t i = 0; i < count; ++i) v[i] = v[i] / (1 + fast_exp(-v[i]));
-    break;
-  case SFX_GELU:
-    for (int64_t i = 0; i < count; ++i)
-      v[i] = 0.5f * v[i] * (1 + std::erf(v[i] * 0.70710678118654752f));
-    break;
-  case SFX_GELU_TANH:
-    // 0.5 (1 + tanh u) = 1 / (1 + e^(-2u))
-    for (int64_t i = 0; i < count; ++i) {
-      const float u = 0.79788456080286536f * (v[i] + 0.044715f * v[i] * v[i] * v[i]);
-      v[i] = v[i] / (1 + fast_exp(-2 * u));
-    }
-    break;
-  default: break;
-  }
 }
 
 } // namespace sfx

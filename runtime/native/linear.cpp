@@ -199,7 +199,7 @@ struct Block {
 
 // Bias, activation, gate, multiply, residual; then to the output's type. A second part is the
 // gate's other factor.
-void finish(const sfx_call &call, const Part *parts, int count, float *const *tiles,
+void finish(const Isa &isa, const sfx_call &call, const Part *parts, int count, float *const *tiles,
             const Block &b) {
   float other[kMostPanels * kRows];
   const int64_t n = parts[0].w().n;
@@ -210,7 +210,7 @@ void finish(const sfx_call &call, const Part *parts, int count, float *const *ti
       read(other, parts[i].bias, b.column, b.columns, call.x_type);
       for (int64_t j = 0; j < b.columns; ++j) tiles[i][r * b.stride + j] += other[j];
     }
-    activate(v, b.columns, call.activation);
+    isa.activate(v, b.columns, call.activation);
     if (count == 2)
       for (int64_t j = 0; j < b.columns; ++j) v[j] *= tiles[1][r * b.stride + j];
     if (call.multiply) {
@@ -244,7 +244,7 @@ void some_panels(const Isa &isa, const sfx_call &call, const Part *parts, int co
         isa.multiply(*product.w, product.x, row, rows, p, panels, tiles[i], scratch);
       }
     }
-    finish(call, parts, count, tiles, {row, rows, column, columns, stride});
+    finish(isa, call, parts, count, tiles, {row, rows, column, columns, stride});
   }
 }
 

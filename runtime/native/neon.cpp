@@ -24,9 +24,11 @@ static bool runs_here() {
 #define SFX_ISA neon
 #include "vec_neon.h"
 #include "multiply.h"
+#include "activate.h"
 
 namespace sfx {
-const Isa kNeon = {"neon", runs_here, no_slices, nullptr, neon::quantize, neon::multiply};
+const Isa kNeon = {"neon", runs_here, no_slices, nullptr, neon::quantize, neon::multiply,
+                  neon::activate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

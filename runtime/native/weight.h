@@ -107,6 +107,8 @@ struct Isa {
   // count ≤ kMostPanels.
   void (*multiply)(const Weight &, const Activations &, int64_t row, int rows, int64_t p, int count,
                    float *tile, const Scratch &);
+  // What an SFX_RELU, … makes of `count` values, in place.
+  void (*activate)(float *values, int64_t count, int activation);
 };
 
 inline int no_slices(const Weight &, int64_t, int, bool) { return 0; }

@@ -384,7 +384,11 @@ int main(int argc, char **argv) {
   Random random{20240229};
   check_refusals(random);
   check_floats();
-  check_activations();
+  for (const string &isa : isas()) {
+    char error[SFX_ERROR];
+    sfx_set_isa(isa.c_str(), error);
+    check_activations();
+  }
   check_quantize(random);
   check_not_finite(random);
   check_products(random);
