@@ -252,14 +252,21 @@ def planned(
         str(goal): args.out / re.sub(r"[^\w.]+", "-", f"frontier-{case.name}-{goal}.yaml")
         for goal in goals
     }
-    left = [g for g in goals if str(g) not in found.plans or not files[str(g)].exists()]
+    known = found.plans.keys() | found.points.keys()  # of the latter those out of reach
+    left = [
+        g for g in goals
+        if str(g) not in known or (str(g) in found.plans and not files[str(g)].exists())
+    ]  # fmt: skip
     if left:
+        missed: dict[str, str] = {}
         for plan in plans(case.make(), left, calibration=batches, example_inputs=case.example,
-                          progress=False):  # fmt: skip
+                          progress=False, unreachable=missed):  # fmt: skip
             plan.save(files[plan.target])
             found.plans[plan.target] = plan_note(plan)
+        for goal, why in missed.items():
+            found.points[goal] = [asdict(Point(goal, ours=True, reason=why))]
         found.keep()
-    return {target: Spec.read(file) for target, file in files.items()}
+    return {target: Spec.read(file) for target, file in files.items() if target in found.plans}
 
 
 def run(name: str, label: str, args: argparse.Namespace, bar: Progress) -> Frontier:

@@ -49,9 +49,10 @@ def frontier(
     if "input_ids" not in bundle.example_inputs:
         raise SpecError(f"'{name}' reads no tokens; the frontier is drawn for models that do")
     batches = bundle.calibration(calibrate)
+    missed: dict[str, str] = {}
     made = plans(
         bundle.model, goals, calibration=batches, example_inputs=bundle.example_inputs,
-        progress=progress,
+        progress=progress, unreachable=missed,
     ) if goals else []  # fmt: skip
     wanted = {plan.target: plan.spec for plan in made} | fixed
     models: dict[str, nn.Module] = {"dense": bundle.model}
@@ -65,6 +66,7 @@ def frontier(
     inputs = inputs_of(bundle, rows)
     times, share = _times(models, inputs, rounds, progress)
     points = _points(bundle, models, times, made, progress)
+    points += tuple(Point(goal, ours=True, reason=why) for goal, why in missed.items())
     shape = "×".join(map(str, next(iter(inputs.values())).shape))
     setting = f"{shape} tokens, eager PyTorch, {latency.machine()}"
     if share < latency.CALM:

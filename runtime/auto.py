@@ -68,6 +68,10 @@ def auto(
     )[0]  # fmt: skip
 
 
+class OutOfReach(SpecError):
+    """A target that no choice keeps; says the nearest that one does."""
+
+
 def plans(
     model: nn.Module,
     targets: Sequence[str | Mapping[str, Any] | Target],
@@ -77,8 +81,12 @@ def plans(
     loss: Loss | None = None,
     progress: bool | None = None,
     measure: Measure = latency.microseconds,
+    unreachable: dict[str, str] | None = None,
 ) -> list[Plan]:
-    """`auto` for several goals that share rows, device and ignored Sites, priced once."""
+    """`auto` for several goals that share rows, device and ignored Sites, priced once.
+
+    Where `unreachable` is given, a goal that cannot be kept has its reason there and no Plan.
+    """
     goals = [Target.read(target) for target in targets]
     first = goals[0]
     if any((t.rows, t.device, t.ignore) != (first.rows, first.device, first.ignore) for t in goals):
@@ -98,7 +106,14 @@ def plans(
         other = model_bytes(model) - sum(s.price(DENSE).bytes for s in lists)
         trial = Trial(model, batches, held, distance, recipe)
         by_name = {site.name: site for site in sites}
-        made = [_search(lists, by_name, goal, other, trial, progress) for goal in goals]
+        made: list[Plan] = []
+        for goal in goals:
+            try:
+                made.append(_search(lists, by_name, goal, other, trial, progress))
+            except OutOfReach as error:
+                if unreachable is None:
+                    raise
+                unreachable[str(goal)] = str(error)
         return [replace(plan, notes=(*plan.notes, *notes)) for plan in made]
     finally:
         for module, mode in training.items():
@@ -267,7 +282,7 @@ def choose(
         reach = {"latency": error.least / (dense_us or 1.0), "bits": error.least / max(weights, 1),
                  "size": error.least + other}.get(goal, error.least)  # fmt: skip
         near = f"{math.ceil(reach)} bytes" if goal == "size" else f"{math.ceil(reach * 1e4) / 1e4}"
-        raise SpecError(
+        raise OutOfReach(
             f"auto: {goal}={value:.12g} is out of reach; the nearest that can be kept is {near}"
         ) from None
     names = [prices[i].format for prices, i in zip(offered, solution.chosen, strict=True)]

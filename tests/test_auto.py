@@ -21,7 +21,7 @@ from sparsefx.passes.recipe import Recipe
 from sparsefx.passes.spec import Spec
 from sparsefx.passes.trial import Trial
 from sparsefx.runtime import latency
-from sparsefx.runtime.auto import auto, corrected, model_bytes
+from sparsefx.runtime.auto import auto, corrected, model_bytes, plans
 from sparsefx.runtime.install import packed_modules
 from sparsefx.runtime.latency import Product, Times
 from sparsefx.runtime.plan_file import Plan, Price, SitePrices, price_table
@@ -134,6 +134,17 @@ def test_out_of_reach_names_the_nearest(target: str) -> None:
     nearest = str(e.value).partition("kept is ")[2].split()[0]
     goal = target.partition("=")[0]
     assert plan(f"auto:{goal}={nearest}").sites
+
+
+def test_of_several_goals_those_that_can_be_kept() -> None:
+    goals = ["auto:latency=0.5", "auto:latency=0.05", "auto:bits=8"]
+    missed: dict[str, str] = {}
+    made = plans(
+        net(), goals, calibration=batches(), measure=fake, progress=False, unreachable=missed
+    )
+    assert [p.target for p in made] == [goals[0], goals[2]]
+    assert [*missed] == [goals[1]]
+    assert "out of reach" in missed[goals[1]]
 
 
 def test_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
