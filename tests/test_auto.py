@@ -137,7 +137,7 @@ def test_out_of_reach_names_the_nearest(target: str) -> None:
 
 
 def test_of_several_goals_those_that_can_be_kept() -> None:
-    goals = ["auto:latency=0.5", "auto:latency=0.05", "auto:bits=8"]
+    goals = ["auto:latency=0.5,rows=1", "auto:latency=0.05,rows=1", "auto:bits=8,rows=1"]
     missed: dict[str, str] = {}
     made = plans(
         net(), goals, calibration=batches(), measure=fake, progress=False, unreachable=missed
