@@ -21,7 +21,7 @@ help:
 	@echo 'make bench-ort  time exported files in ONNX Runtime against its own quantisers (20 minutes)'
 	@echo 'make bench-gpu  time every kind of weight on this GPU against other kernels (9 minutes)'
 	@echo 'make bench-adapters  switching and running adapters beside PEFT'
-	@echo 'make bench-passes  what graph passes take, and times predicted beside measured ones'
+	@echo 'make bench-passes  what graph passes take and save, and times predicted beside measured ones'
 	@echo 'make frontier   quality against latency and size, beside other quantisers'
 	@echo 'make test-gpu   the tests that need a GPU'
 	@echo 'make roofline   the least time of every kind of weight on GPUs, from compiled code'
@@ -55,9 +55,10 @@ bench-ort: .venv/ort.stamp
 bench-adapters: .venv/models.stamp
 	@$(BIN)/python -m benchmarks.adapters $(ARGS)
 
-bench-passes: .venv/dev.stamp
+bench-passes: .venv/ort.stamp
 	@$(BIN)/python -m benchmarks.pass_time $(ARGS)
 	@$(BIN)/python -m benchmarks.cost
+	@$(BIN)/python -m benchmarks.merged
 
 frontier: .venv/ort.stamp
 	@$(BIN)/python -m benchmarks.frontier $(ARGS)
