@@ -10,6 +10,8 @@ from torch import nn
 
 import sparsefx
 from sparsefx.codegen.kernels import UNPACK, Problem, choose
+from sparsefx.ir.codecs import Fp8
+from sparsefx.ir.codecs.base import fp16_scales
 from sparsefx.ir.errors import SpecError, WeightError
 from sparsefx.ir.format import Format
 
@@ -114,3 +116,13 @@ def test_exported_products_have_the_type_of_x(dtype: torch.dtype) -> None:
     model, _ = case.single(packed, torch.randn(8), rank=1, dtype=dtype)
     (y,) = case.session(model).run(None, {"x": torch.randn(32).to(dtype).numpy()})
     assert torch.from_numpy(y).dtype == dtype
+
+
+def test_scales_below_fp16_s_least_beside_greater_ones() -> None:
+    """2⁻²⁴ stands for them where a scale is 16 times that; what is negligible is 0."""
+    found = fp16_scales(torch.tensor([2.0**-20, 2.0**-26, -(2.0**-26), 0.0, 2.0**-37, 2.0**-24]))
+    assert found.tolist() == [2.0**-20, 2.0**-24, -(2.0**-24), 1.0, 1.0, 2.0**-24]
+    with pytest.raises(WeightError, match="leaves the range of fp16"):
+        fp16_scales(torch.tensor([2.0**-21, 2.0**-26]))
+    w = torch.tensor([[1.0], [2.0**-6]]) * 2.0**-20 * 448
+    assert torch.equal(Format(codec=Fp8(128)).pack(w).unpack(), w)

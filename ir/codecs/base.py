@@ -99,13 +99,21 @@ NEGLIGIBLE = 2.0**-16
 is less than a hundredth of what rounding one other weight to 8 bits loses."""
 
 
+LEAST = 2.0**-24
+"""The least fp16 above 0."""
+
+
 def fp16_scales(scales: Tensor) -> Tensor:
     """`scales` as fp16 stores them, in float32; 1, so that codes are 0, for 0 and what is
-    NEGLIGIBLE and no fp16. Raises WeightError beyond fp16's range."""
+    NEGLIGIBLE and no fp16; LEAST for others that are less, beside one of 16 LEAST: it rounds the
+    weight no worse than that one by a factor of 16. Raises WeightError beyond fp16's range."""
     size = scales.abs()
-    dead = size <= (NEGLIGIBLE * size.amax() if size.numel() else 0.0)
-    dead &= scales.to(SCALE) == 0
-    out = torch.where(dead, 1.0, scales).to(SCALE).float()
+    most = float(size.amax()) if size.numel() else 0.0
+    lost = scales.to(SCALE) == 0
+    dead = lost & (size <= NEGLIGIBLE * most)
+    low = lost & ~dead & (most >= 16 * LEAST)
+    out = torch.where(low, torch.copysign(torch.full_like(scales, LEAST), scales), scales)
+    out = torch.where(dead, 1.0, out).to(SCALE).float()
     if bool((out == 0).any()) or not bool(torch.isfinite(out).all()):
         worst = scales[(out == 0) | ~torch.isfinite(out)].flatten()[0]
         raise WeightError(
