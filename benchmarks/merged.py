@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,7 +78,7 @@ def compare(case: Case, label: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(ROUNDS):
         for name, (call, _) in made.items():
-            times[name].append(clock(lambda call=call: call(feed)))  # type: ignore[misc]
+            times[name].append(clock(partial(call, feed)))
     torch._dynamo.reset()
     return {
         "case": f"{case.name} {label}",

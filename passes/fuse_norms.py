@@ -94,8 +94,9 @@ def _weighted(x: Node, scaled: Node, eps: float, square: Node) -> Norm:
         weight = next((a for a in times.args if a is not result), None)
         w = value(weight) if isinstance(weight, Node) else None
         own = (_dtype(x), value(x).device, [value(x).shape[-1]])
-        if isinstance(w, Tensor) and (w.dtype, w.device, [*w.shape]) == own:
-            return Norm(x, eps, weight, square, times)  # type: ignore[arg-type]
+        fits = isinstance(w, Tensor) and (w.dtype, w.device, [*w.shape]) == own
+        if fits and isinstance(weight, Node):
+            return Norm(x, eps, weight, square, times)
     return Norm(x, eps, None, square, scaled)
 
 
@@ -105,8 +106,9 @@ def _dtype(node: Node) -> torch.dtype | None:
 
 def _only(node: object, *names: str) -> Node | None:
     """`node` if it is one of these operations with a single reader."""
-    fits = isinstance(node, Node) and op_name(node) in names and len(node.users) == 1
-    return node if fits else None  # type: ignore[return-value]
+    if not isinstance(node, Node) or op_name(node) not in names:
+        return None
+    return node if len(node.users) == 1 else None
 
 
 def _user(node: Node, name: str) -> Node | None:

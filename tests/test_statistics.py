@@ -28,9 +28,10 @@ def drawn(count: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, list[torc
 
 def test_one_batch_tells_nothing_about_its_spread() -> None:
     seen = gathered([torch.randn(5, K)])
-    before = seen.second.clone()  # type: ignore[union-attr]
+    assert seen.second is not None
+    before = seen.second.clone()
     assert seen.shrink() == 0.0
-    assert torch.equal(seen.second, before)  # type: ignore[arg-type]
+    assert torch.equal(seen.second, before)
     assert gathered([]).shrink() == 0.0
     assert Statistics(K, torch.device("cpu"), moments=False).shrink() == 0.0
 
@@ -57,9 +58,10 @@ def test_batches_that_have_nothing_in_common_are_not() -> None:
 def test_the_trace_stays_and_the_order_does_not_matter() -> None:
     _, batches = drawn(4, 3)
     there, back = gathered(batches), gathered(batches[::-1])
-    trace = there.second.trace()  # type: ignore[union-attr]
+    assert there.second is not None
+    trace = there.second.trace()
     assert there.shrink() == pytest.approx(back.shrink(), rel=1e-5)
-    torch.testing.assert_close(there.second.trace(), trace)  # type: ignore[union-attr]
+    torch.testing.assert_close(there.second.trace(), trace)
 
 
 def test_the_share_is_the_formula_s() -> None:
@@ -78,8 +80,9 @@ def test_it_is_nearer_to_the_truth() -> None:
     for seed in range(20):
         truth, batches = drawn(6, 2, seed)
         seen = gathered(batches)
+        assert seen.second is not None
         for i in range(2):
-            estimate = seen.second / 12  # type: ignore[operator]
+            estimate = seen.second / 12
             lost[i] += float((estimate - truth).square().sum() / truth.square().sum())
             seen.shrink()
     assert lost[1] < 0.9 * lost[0]

@@ -315,7 +315,8 @@ void quantize(const Weight &w, const float *x, int8_t *codes, float *scales, int
 
 } // namespace amx
 
-const Isa kAmx = {"amx", runs_here, amx::slices, amx::tile, amx::quantize, amx::any_rows, amx::activate};
+const Isa kAmx = {"amx",         runs_here,     amx::slices,  amx::tile,
+                  amx::quantize, amx::any_rows, amx::activate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

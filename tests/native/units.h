@@ -34,9 +34,11 @@ inline void check_floats() {
 }
 
 // The functions of an epilogue on their own, more closely than products can be held to.
-inline void check_activations() {
+inline void check_activations(const string &name_of_set) {
+  char error[SFX_ERROR];
+  sfx_set_isa(name_of_set.c_str(), error);
   const sfx::Isa &isa = sfx::isa();
-  const string set = string(" in ") + isa.name;
+  const string set = " in " + name_of_set;
   for (int activation : {SFX_RELU, SFX_SILU, SFX_GELU, SFX_GELU_TANH}) {
     double worst = 0;
     for (float v = -12; v <= 12; v += 0x1p-6f) {
