@@ -198,7 +198,7 @@ class Branches:
     AT_SIGHT = 2
 
     def __init__(self, engine: native.Engine) -> None:
-        self.engine, self.packed = engine, 0
+        self.engine, self.packed, self._lock = engine, 0, threading.Lock()
 
     def call(self, branch: Sequence[Tensor], last: bool = True) -> tuple[bytes, object]:
         """The end of a call that adds the branch and what must outlive it, None to add it after.
@@ -221,12 +221,15 @@ class Branches:
 
     def _ranks(self, pair: tuple[Tensor, Tensor], last: bool) -> Ranks | None:
         """For matrices of which nothing is held; None where they may never come again."""
-        if self.packed >= self.AT_SIGHT and SIGHTED.find(pair) is None:
-            if last:
-                SIGHTED.get(pair, lambda current: True, bool)
-            return None
-        self.packed += 1
-        return BRANCHES.get(pair, lambda current: Ranks(self.engine), lambda found: True)
+        with self._lock:  # threads that meet one branch at once count it as one
+            if found := BRANCHES.find(pair):
+                return found
+            if self.packed >= self.AT_SIGHT and SIGHTED.find(pair) is None:
+                if last:
+                    SIGHTED.get(pair, lambda current: True, bool)
+                return None
+            self.packed += 1
+            return BRANCHES.get(pair, lambda current: Ranks(self.engine), lambda found: True)
 
 
 def vector(values: Tensor, length: int, dtype: torch.dtype) -> Tensor:
