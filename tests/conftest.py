@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -14,6 +16,14 @@ if find_spec("torchvision"):  # a torchvision of another build breaks `import tr
     from sparsefx.models.torchvision import usable_torchvision
 
     usable_torchvision()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled() -> Iterator[None]:
+    """Dynamo counts compilations per function of a model's code, and stops at a limit."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
