@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsefx.models.assets import Asset
 from sparsefx.models.bundle import Bundle, on_device_of
-from sparsefx.models.text import python_topics
+from sparsefx.models.text import docstrings, python_topics
 from sparsefx.models.torchvision import usable_torchvision
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ def load() -> Bundle:
     pairs = cloze_pairs(held_out_text)
     queries = _Texts(encode, [query for query, _ in pairs])
     targets = _Texts(encode, [target for _, target in pairs])
-    sentences = [s for p in calibration_text.split("\n\n") for s in _sentences(p) if len(s) > 30]
 
     def calibration(count: int) -> list[Batch]:
+        sentences = _long_sentences(calibration_text)
+        if count * _BATCH > len(sentences):
+            sentences += _long_sentences(docstrings())
         if not 0 < count * _BATCH <= len(sentences):
             raise ValueError(f"{count} batches asked, there are 1 to {len(sentences) // _BATCH}")
         return [_encode(encode, sentences[i::count][:_BATCH]) for i in range(count)]
@@ -84,6 +86,10 @@ def cloze_pairs(text: str) -> list[tuple[str, str]]:
 
 def _sentences(paragraph: str) -> list[str]:
     return re.split(r"(?<=[.!?]) +(?=[A-Z])", paragraph)
+
+
+def _long_sentences(text: str) -> list[str]:
+    return [s for p in text.split("\n\n") for s in _sentences(p) if len(s) > 30]
 
 
 def _encode(encode: PreTrainedTokenizerBase, texts: list[str]) -> Batch:

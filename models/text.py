@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
 import struct
+import sysconfig
 import zlib
 from collections.abc import Iterator
 from functools import cache
@@ -14,6 +16,7 @@ from pathlib import Path
 from sparsefx.models.assets import MissingAsset
 
 _AUSTEN = "/usr/lib/R/site-library/janeaustenr/data"
+_NOT_PROSE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
 _STRINGS, _STRING = 16, 9  # R's STRSXP and CHARSXP
 
 
@@ -37,6 +40,33 @@ def python_topics() -> tuple[str, str]:
                 seen.add(paragraph)
                 half.append(paragraph)
     return "\n\n".join(halves[1]), "\n\n".join(halves[0])
+
+
+@cache
+def docstrings() -> str:
+    """Return the prose of the docstrings of Python's library, without what `python_topics` holds.
+
+    Sources are parsed, not imported: ten times as much text as half of the topics, in 3 s.
+    """
+    seen = {p for half in python_topics() for p in half.split("\n\n")}
+    found: list[str] = []
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if _NOT_PROSE.isdisjoint(path.relative_to(library).parts):
+            new = [p for text in _docstrings_of(path) for p in prose(text) if p not in seen]
+            seen.update(new)
+            found += dict.fromkeys(new)
+    return "\n\n".join(found)
+
+
+def _docstrings_of(path: Path) -> list[str]:
+    """Return the docstrings of one source file; none where it is of another Python's syntax."""
+    try:
+        nodes = [*ast.walk(ast.parse(path.read_bytes()))]
+    except (SyntaxError, ValueError):
+        return []
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [text for n in nodes if isinstance(n, owners) and (text := ast.get_docstring(n))]
 
 
 def prose(text: str) -> list[str]:

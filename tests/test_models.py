@@ -123,6 +123,27 @@ def test_halves_of_the_topics_share_no_paragraph() -> None:
     assert 200 < len(minilm.cloze_pairs(held_out)) < 1000
 
 
+def test_docstrings_share_no_paragraph_with_the_topics() -> None:
+    found = text.docstrings().split("\n\n")
+    assert len(found) == len(set(found)) > 3000
+    assert set(found).isdisjoint("\n\n".join(text.python_topics()).split("\n\n"))
+
+
+def test_minilm_calibrates_on_docstrings_where_topics_do_not_reach() -> None:
+    bundle = loaded("minilm")
+    few, many = ({tuple(row.tolist()) for b in bundle.calibration(n) for row in b["input_ids"]}
+                 for n in (14, 36))  # fmt: skip
+    assert len(few) > 0.95 * 14 * 64
+    assert len(many) > 0.95 * 36 * 64
+
+
+def test_a_source_of_another_python_has_no_docstrings(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text('"""Old."""\nprint "2"\n')
+    (tmp_path / "b.py").write_text('"""Module."""\ndef f():\n    "Function."\nclass C: x = "no"\n')
+    assert text._docstrings_of(tmp_path / "a.py") == []
+    assert text._docstrings_of(tmp_path / "b.py") == ["Module.", "Function."]
+
+
 def test_prose_drops_code_and_titles() -> None:
     sentence = "This is a sentence of more than twelve words, wrapped over\n   two of its lines."
     assert text.prose(f"Title\n*****\n\n{sentence}\n\n   >>> f(x)\n   3") == [
