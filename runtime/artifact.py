@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import sparsefx
 from sparsefx.ir.errors import ArtifactError
+from sparsefx.runtime.history import history_of, remember
 from sparsefx.runtime.manifest import (
     LIMIT,
     MANIFEST,
@@ -74,6 +75,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "packed": _entries(root, target),
         "aliases": aliases,
         "transient": sorted(transient_names(root) & (tensors.keys() | aliases.keys())),
+        "history": history_of(root),
     }
     head = record(Manifest, target, fields, RENAME)
     record(_Names, target, {"tensors": list(tensors)}, RENAME)
@@ -107,6 +109,8 @@ def load(folder: str | os.PathLike[str], model: M) -> M:
             _check_weights(where, manifest)
             with safe_open(where / manifest.weights, framework="pt") as file:
                 restore(root, where, manifest, file)
+            if manifest.history is not None:
+                remember(root, manifest.history)
             return model
         except FileNotFoundError:
             # A save in another process may have replaced the weights since the manifest was read.

@@ -165,12 +165,10 @@ def _uncompiled(model: nn.Module, known: Mapping[str, Row]) -> dict[str, Row]:
 
 
 def _row(name: str, module: PackedWeight) -> Row:
-    """A Row for a weight whose compression was not seen here (a loaded model)."""
-    packed = module.packed
-    return Row(
-        name, (module.n, module.k), module.format, 0, (),
-        bits=packed.bits_per_weight, stored_bytes=packed.stored_bytes,
-    )  # fmt: skip
+    """A Row for a weight of which no report tells."""
+    row = Row(name, (module.n, module.k), module.format, 0, ())
+    row.stored(module.packed, getattr(module, "branch", ()))
+    return row
 
 
 def _line(row: Row, module: PackedWeight | None) -> Line:
@@ -241,7 +239,8 @@ def _render(e: Explanation) -> Iterator[RenderableType]:
     for line in e.lines:
         row = line.row
         dense = Format.parse(row.format).is_dense
-        sqnr = "" if dense else "exact" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+        known = "exact" if row.algorithm else "not known"
+        sqnr = "" if dense else known if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
         why = "; ".join(part for part in (row.reason, *line.refused, *row.fallbacks) if part)
         table.add_row(
             Text(row.name), "×".join(map(str, row.shape)), str(row.calls), Text(row.format),

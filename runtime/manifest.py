@@ -98,6 +98,55 @@ class Parameter(Weight):
 
 Entry = Linear | Conv1x1 | Parameter
 
+MOST = 2000
+"""Characters of a text for people."""
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds characters that a terminal would obey")
+    return text
+
+
+Text = Annotated[str, Field(max_length=MOST), AfterValidator(_printable)]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Taken(Record):
+    """One step of a weight's compression (`passes.compress_site.Step`)."""
+
+    name: Text
+    error: Number | None
+    """Relative output error; None where it was infinite."""
+    kept: bool
+
+
+class Made(Record):
+    """How one weight was compressed, or why it stayed dense. What it is now is in `packed`."""
+
+    name: Text
+    aliases: list[Text]
+    shape: list[Count]
+    calls: Count
+    reason: Text
+    sqnr_db: Number | None
+    """None where nothing was lost."""
+    algorithm: Text
+    seconds: Number
+    steps: list[Taken]
+    fallbacks: list[Text]
+
+
+class History(Record):
+    """How the model was compressed: `explain` shows it, nothing is built from it."""
+
+    door: Text
+    notes: list[Text]
+    seconds: Number
+    peak_bytes: Count
+    weights: list[Made]
+
 
 class Manifest(Record):
     """The whole of `manifest.json`."""
@@ -114,6 +163,7 @@ class Manifest(Record):
     """Further names of a tensor that is stored once, and the name it is stored under."""
     transient: list[Name]
     """Buffers outside `state_dict`: they fill a model on the meta device and no other."""
+    history: History | None = None
 
     @model_validator(mode="after")
     def _named_by_content(self) -> Manifest:

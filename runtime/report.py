@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from sparsefx.ir.format import Packed
 from sparsefx.passes.compress_site import Result
 from sparsefx.passes.plan import Choice
 
@@ -32,7 +34,9 @@ class Row:
     stored_bytes: int = 0
     branch_bytes: int = 0
     sqnr_db: float | None = None
+    """None where nothing was lost."""
     algorithm: str = ""
+    """Empty where compression was not seen here."""
     seconds: float = 0.0
     steps: list[dict[str, Any]] = field(default_factory=list)
     """What each step of compression left as relative output error, and whether it was kept."""
@@ -46,13 +50,16 @@ class Row:
             choice.reason,
         )  # fmt: skip
 
-    def compressed(self, result: Result, unpacked: dict[str, str]) -> None:
-        """Fill in what compression found out."""
-        packed = result.packed
+    def stored(self, packed: Packed, branch: Sequence[Tensor] = ()) -> None:
+        """Fill in what is stored."""
         self.format = str(packed.format)
         self.bits = packed.bits_per_weight
         self.stored_bytes = packed.stored_bytes
-        self.branch_bytes = sum(t.numel() * t.element_size() for t in result.branch)
+        self.branch_bytes = sum(t.numel() * t.element_size() for t in branch)
+
+    def compressed(self, result: Result, unpacked: dict[str, str]) -> None:
+        """Fill in what compression found out."""
+        self.stored(result.packed, result.branch)
         self.sqnr_db = result.sqnr_db if math.isfinite(result.sqnr_db) else None
         self.algorithm, self.seconds = result.algorithm, result.seconds
         self.steps = [asdict(step) for step in result.steps]
