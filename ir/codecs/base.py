@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparsefx.ir.errors import WeightError
+from sparsefx.ir.errors import SpecError, WeightError
 
 SCALE = torch.float16
 """How scales are stored."""
@@ -92,6 +93,43 @@ class Codec(ABC):
     @abstractmethod
     def value_bits(self, n: int, k: int, count: int, itemsize: int) -> int:
         """Bits that `count` stored values and the grid need; `itemsize` of the dense weight."""
+
+
+class Grouped(Codec):
+    """A codec with one fp16 scale per row and `group_size` columns of K (0: per row).
+
+    Groups run over the weight's own columns, stored or not; the last one may be shorter.
+    """
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.group_size and not 8 <= self.group_size <= 65536:
+            raise SpecError(f"codec '{self}': group_size must be 8 to 65536, e.g. '…g128'")
+
+    @property
+    def suffix(self) -> str:
+        """How a token ends: "g128", "" for one scale per row."""
+        return f"g{self.group_size}" if self.group_size else ""
+
+    @staticmethod
+    def size_in(token: str, digits: str | None) -> int:
+        """The group_size that these digits of `token` spell."""
+        if digits and int(digits) == 0:
+            raise SpecError(f"codec '{token}': group_size 0; leave out 'g0' for one scale per row")
+        return int(digits or 0)
+
+    def group(self, k: int) -> int:
+        return self.group_size or max(k, 1)
+
+    def groups(self, k: int) -> int:
+        return -(-k // self.group(k))
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """`weight` (N, K) as float32 (N, groups, columns of a group), zeros after the last."""
+        n, k = weight.shape
+        size, count = self.group(k), self.groups(k)
+        return F.pad(weight.float(), (0, count * size - k)).view(n, count, size)
 
 
 NEGLIGIBLE = 2.0**-16

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparsefx.ir.codecs.base import SCALE, Codec, Grid, fp16_scales
-from sparsefx.ir.errors import SpecError, WeightError
+from sparsefx.ir.codecs.base import SCALE, Grid, Grouped, fp16_scales
+from sparsefx.ir.errors import WeightError
 
 VALUE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -20,7 +19,7 @@ STRETCH = (1.0, 1.125, 1.25, 1.5, 1.75)
 
 
 @dataclass(frozen=True)
-class Fp8(Codec):
+class Fp8(Grouped):
     """value = e4m3 · scale, one fp16 scale per row and `group_size` columns of K (0: per row).
 
     A group of zeros has scale 1 and no NaN is ever stored. Values are kept as bytes, which no cast
@@ -32,12 +31,8 @@ class Fp8(Codec):
     symmetric: ClassVar[bool] = True
     example: ClassVar[str] = "fp8g128"
 
-    def __post_init__(self) -> None:
-        if self.group_size and not 8 <= self.group_size <= 65536:
-            raise SpecError(f"codec '{self}': group_size must be 8 to 65536, e.g. '…g128'")
-
     def __str__(self) -> str:
-        return f"fp8g{self.group_size}" if self.group_size else "fp8"
+        return "fp8" + self.suffix
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -46,24 +41,13 @@ class Fp8(Codec):
     @classmethod
     def parse(cls, token: str) -> Fp8 | None:
         found = re.fullmatch(r"fp8(?:g(\d{1,5}))?", token)
-        if not found:
-            return None
-        if found[1] and int(found[1]) == 0:
-            raise SpecError(f"codec '{token}': group_size 0; leave out 'g0' for one scale per row")
-        return cls(int(found[1] or 0))
-
-    def group(self, k: int) -> int:
-        return self.group_size or max(k, 1)
-
-    def groups(self, k: int) -> int:
-        return -(-k // self.group(k))
+        return cls(cls.size_in(token, found[1])) if found else None
 
     def fit(self, weight: Tensor) -> Grid:
         n, k = weight.shape
-        size, count = self.group(k), self.groups(k)
         if not n * k:
-            return Grid(weight.new_ones((n, count), dtype=torch.float32))
-        blocks = F.pad(weight.float(), (0, count * size - k)).view(n, count, size)
+            return Grid(weight.new_ones((n, self.groups(k)), dtype=torch.float32))
+        blocks = self.blocks(weight)
         least = blocks.abs().amax(-1) / LARGEST
         best, error = torch.ones_like(least), torch.full_like(least, torch.inf)
         for stretch in STRETCH:

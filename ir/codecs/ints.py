@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsefx.ir.bits import pack_bits, stream_bytes, unpack_bits
-from sparsefx.ir.codecs.base import SCALE, Codec, Grid, fp16_scales
+from sparsefx.ir.codecs.base import SCALE, Grid, Grouped, fp16_scales
 from sparsefx.ir.errors import SpecError
 
 SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76)
@@ -23,12 +22,11 @@ calls are what takes time, for others memory would.
 
 
 @dataclass(frozen=True)
-class Int(Codec):
+class Int(Grouped):
     """value = (code − zero_point) · scale, one fp16 scale per row and `group_size` columns of K.
 
     Symmetric codes are two's complement with zero point 0, so 8-bit codes are plain int8; `uint`
-    codes are unsigned with one `bits`-wide zero point per scale. Groups run over the weight's own
-    columns, stored or not; the last group may be shorter. `group_size` 0 is one scale per row.
+    codes are unsigned with one `bits`-wide zero point per scale.
     """
 
     bits: int
@@ -39,12 +37,10 @@ class Int(Codec):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise SpecError(f"codec '{self}': integers have 2 to 8 bits, e.g. 'int4g128'")
-        if self.group_size and not 8 <= self.group_size <= 65536:
-            raise SpecError(f"codec '{self}': group_size must be 8 to 65536, e.g. '…g128'")
+        super().__post_init__()
 
     def __str__(self) -> str:
-        group = f"g{self.group_size}" if self.group_size else ""
-        return f"{'' if self.symmetric else 'u'}int{self.bits}{group}"
+        return f"{'' if self.symmetric else 'u'}int{self.bits}{self.suffix}"
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -55,9 +51,7 @@ class Int(Codec):
         found = re.fullmatch(r"(u?)int(\d{1,2})(?:g(\d{1,5}))?", token)
         if not found:
             return None
-        if found[3] and int(found[3]) == 0:
-            raise SpecError(f"codec '{token}': group_size 0; leave out 'g0' for one scale per row")
-        return cls(int(found[2]), int(found[3] or 0), not found[1])
+        return cls(int(found[2]), cls.size_in(token, found[3]), not found[1])
 
     @property
     def low(self) -> int:
@@ -67,19 +61,10 @@ class Int(Codec):
     def high(self) -> int:
         return self.low + (1 << self.bits) - 1
 
-    def group(self, k: int) -> int:
-        return self.group_size or max(k, 1)
-
-    def groups(self, k: int) -> int:
-        return -(-k // self.group(k))
-
     # --- the grid ------------------------------------------------------------------------------
 
     def fit(self, weight: Tensor) -> Grid:
-        n, k = weight.shape
-        size = self.group(k)
-        padded = F.pad(weight.float(), (0, self.groups(k) * size - k))
-        blocks = padded.view(n, self.groups(k), size)
+        blocks = self.blocks(weight)
         tried = self._candidates(blocks)
         count = len(tried[0])
         step = count if count * blocks.numel() <= AT_ONCE else 1
