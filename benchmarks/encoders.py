@@ -29,7 +29,7 @@ from rich.table import Table
 from sparsefx.codegen.crossover import processor
 
 RESULTS = Path(__file__).parent / "results" / "encoders.json"
-RECOVERY = {"epochs": 12, "scale_epochs": 2, "learning_rate": 0.01, "whole_epochs": 6}
+RECOVERY = {"epochs": 5, "scale_epochs": 1, "learning_rate": 0.01, "whole_epochs": 3}
 _ENCODER = {"bitmap@50%+int4g128": 0.01, "2:4+int8": 0.02, "tile16x1@50%+int4g128": 0.04}
 LIMITS: dict[str, dict[str, float | None]] = {
     "minilm": {**_ENCODER},

@@ -52,8 +52,10 @@ def _one_shot(text: str, limit: float | None = None, sequences: int = 16, **spec
     return Row(name, {"format": text, **spec}, limit, sequences)
 
 
-def _recovered(text: str, limit: float) -> Row:
-    return Row(f"{text} recovered", {"format": text, "recovery": SHORT}, limit, 64, long=True)
+def _recovered(text: str, limit: float, sequences: int = 64) -> Row:
+    return Row(
+        f"{text} recovered", {"format": text, "recovery": SHORT}, limit, sequences, long=True
+    )
 
 
 ROWS = (
@@ -78,7 +80,7 @@ ROWS = (
     _recovered(SPARSE4, 1.25),
     _recovered("2:4+int4g128", 1.45),
     _recovered("tile16x1@25%+int4g128+r32", 1.3),
-    _recovered("tile16x1@50%+int4g128+r32", 2.2),
+    _recovered("tile16x1@50%+int4g128+r32", 2.2, 32),
 )
 
 
