@@ -13,16 +13,13 @@ runs stay until run again.
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.rows import Found, run
 from rich.console import Console
 from rich.table import Table
 
@@ -99,31 +96,17 @@ def measure(row: Row) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the chosen rows, each in its own process; print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="rows whose name has this")
-    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.row is not None:
-        print(json.dumps(measure(ROWS[options.row])))
-        return
-    saved = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    found = {row["name"]: row for row in saved}
-    for index, row in enumerate(ROWS):
-        if options.only not in row.name:
-            continue
-        Console(stderr=True).print(f"[dim]{row.name} …[/]", highlight=False)
-        command = [sys.executable, "-m", "benchmarks.encoders", "--row", str(index)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[row.name] = json.loads(done.stdout.splitlines()[-1])
-        ordered = [found[r.name] for r in ROWS if r.name in found]
-        RESULTS.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
-    Console().print(_table(found))
+    rows = {row.name: row for row in ROWS}
+    found = run("benchmarks.encoders", [*rows], lambda name: measure(rows[name]), RESULTS)
+    if found is not None:
+        Console().print(_table(found))
 
 
-def _table(found: dict[str, dict[str, Any]]) -> Table:
+def _table(found: Found) -> Table:
     table = Table(title="Quality of encoders and an image classifier after compression")
     for head in ("how", "bits", "figure", "dense", "found", "change %", "at most %", "s"):
-        table.add_column(head, justify="left" if head in ("how", "figure") else "right")
+        left = head in ("how", "figure")
+        table.add_column(head, justify="left" if left else "right", overflow="fold")
     for row in (r for r in ROWS if r.name in found):
         got = found[row.name]
         for figure, dense in got["dense"].items():

@@ -12,16 +12,13 @@ benchmarks/results/quality.json at once: rows of earlier runs stay until they ar
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.rows import Found, run
 from rich.console import Console
 from rich.table import Table
 
@@ -129,38 +126,21 @@ def measure(row: Row | None) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the chosen rows, each in its own process; print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="rows whose name has this")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.row is not None:
-        row = next((row for row in ROWS if row.name == options.row), None)
-        print(json.dumps(measure(row)))
-        return
-    found = {row["name"]: row for row in _saved()}
-    chosen = [r.name for r in ROWS if options.only in r.name and (options.only or not r.long)]
-    for name in [*(["dense"] if "dense" not in found else []), *chosen]:
-        Console(stderr=True).print(f"[dim]{name} …[/]", markup=True, highlight=False)
-        command = [sys.executable, "-m", "benchmarks.quality", "--row", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-        listed = ["dense", *(r.name for r in ROWS)]
-        ordered = sorted(found, key=lambda n: listed.index(n) if n in listed else len(listed))
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"rows": [found[n] for n in ordered]}, indent=1) + "\n")
-    Console().print(_table(found))
+    rows = {row.name: row for row in ROWS}
+    found = run(
+        "benchmarks.quality", ["dense", *rows], lambda name: measure(rows.get(name)), RESULTS,
+        lambda name: name in rows and not rows[name].long, base="dense",
+    )  # fmt: skip
+    if found is not None:
+        Console().print(_table(found))
 
 
-def _saved() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-
-
-def _table(found: dict[str, dict[str, Any]]) -> Table:
+def _table(found: Found) -> Table:
     dense = found["dense"]["perplexity"]
     table = Table(title=f"SmolLM2-135M (dequantised from Q4_1), dense perplexity {dense:.2f}")
     heads = ("how", "bits", "perplexity", "× dense", "at most", "s", "memory before/peak MB")
     for head in heads:
-        table.add_column(head, justify="left" if head == "how" else "right")
+        table.add_column(head, justify="left" if head == "how" else "right", overflow="fold")
     for wanted in ROWS:
         if (row := found.get(wanted.name)) is None:
             continue
