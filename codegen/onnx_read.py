@@ -25,9 +25,10 @@ def written_weight(values: dict[str, ir.Value], output: str) -> np.ndarray[Any, 
     """The (N, K) weight that the product with result `output` multiplies by, or that it is."""
     value: ir.Value | None = values[output]
     while value is not None and (node := value.producer()) is not None:
-        if (strips := _strips(node)) is not None:
+        matrix = _operand(node)
+        if (strips := _strips(node, matrix)) is not None:
             return strips
-        if (matrix := _operand(node)) is not None:
+        if matrix is not None:
             return matrix
         value = node.inputs[0] if node.inputs else None  # bias and branch are added on the right
     return _evaluate(values[output])
@@ -43,16 +44,17 @@ def _operand(node: ir.Node) -> np.ndarray[Any, Any] | None:
     return _evaluate(node.inputs[1]).T
 
 
-def _strips(node: ir.Node) -> np.ndarray[Any, Any] | None:
+def _strips(node: ir.Node, matrix: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any] | None:
     """The (N, K) weight of a product over gathered columns, or of several side by side.
 
-    Columns that none multiplies are zero, one that several multiply is their sum.
+    Columns that none multiplies are zero, one that several multiply is their sum. `matrix` is what
+    `node` itself multiplies by, if it is a product.
     """
     products = node.inputs if node.op_type == "Concat" else [node.outputs[0]]
     found: list[np.ndarray[Any, Any]] = []
     for value in products:
         product = value.producer() if value is not None else None
-        narrow = _operand(product) if product is not None else None
+        narrow = matrix if product is node else _operand(product) if product else None
         gather = _gather_before(product.inputs[0]) if product and narrow is not None else None
         if narrow is None or gather is None or gather.inputs[1] is None:
             return None
@@ -86,16 +88,19 @@ def _decode_blocks(node: ir.Node) -> np.ndarray[Any, Any]:
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         zeros = _fields(_evaluate(node.inputs[3]).reshape(n, -1), bits)[:, :count]
     scales = _evaluate(s).reshape(n, count, 1)
-    values = (codes - zeros[..., None]).astype(np.float32) * scales
+    values = codes.astype(np.float32)  # differences of codes are exact
+    values -= zeros[..., None].astype(np.float32)
+    values *= scales
     out: np.ndarray[Any, Any] = values.reshape(n, count * size)[:, :k]
     return out
 
 
 def _fields(stream: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     """The bit fields of a uint8 array, lowest first, along its last axis."""
-    shifts = np.arange(0, 8, bits)
-    fields = (stream[..., None].astype(np.int32) >> shifts) & ((1 << bits) - 1)
-    return fields.reshape(*stream.shape[:-1], -1)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    fields = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    out: np.ndarray[Any, Any] = fields[stream].reshape(*stream.shape[:-1], -1)
+    return out
 
 
 def _evaluate(

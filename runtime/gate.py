@@ -35,7 +35,7 @@ from sparsefx.codegen.onnx_read import inlined, written_weight
 from sparsefx.ir.errors import ExportError
 from sparsefx.ir.format import Format
 from sparsefx.runtime.gate_graph import check_graph
-from sparsefx.runtime.gate_probe import Call, Key, Probe, unit
+from sparsefx.runtime.gate_probe import Call, Key, Magnitudes, Probe, unit
 from sparsefx.runtime.modules import PackedWeight
 from sparsefx.runtime.ort import ort_library
 
@@ -139,6 +139,7 @@ def _references(
     """What eager computes at the example's sizes and at others."""
     wanted: list[_Wanted] = []
     notes: list[str] = []
+    magnitudes = Magnitudes()
     growths = GROWTHS if inputs.dynamic_shapes else GROWTHS[:1]
     tried = [{name: grow(size) for name, size in inputs.sizes.items()} for grow in growths]
     tried[1:1] = [{**inputs.sizes, **sizes} for sizes in inputs.also]
@@ -147,7 +148,7 @@ def _references(
         if other is None or (sizes is tried[-1] and len(wanted) > 2):
             continue
         try:
-            outputs, tolerances = _reference(model, other, measure)
+            outputs, tolerances = _reference(model, other, measure, magnitudes)
         except Exception as error:  # the model itself may refuse a size
             if not wanted:
                 raise
@@ -173,9 +174,9 @@ class _Runs:
     dithered: list[list[Tensor]]
 
     @staticmethod
-    def of(run: Callable[[Probe], list[Tensor]], measure: str) -> _Runs:
+    def of(run: Callable[[Probe], list[Tensor]], measure: str, magnitudes: Magnitudes) -> _Runs:
         plain = run(Probe())
-        noisy = [run(Probe(draw)) for draw in range(DRAWS)]
+        noisy = [run(Probe(draw, magnitudes=magnitudes)) for draw in range(DRAWS)]
         if measure == "max":
             return _Runs(plain, noisy, [], [])
         dithered = [run(Probe(draw, "dither")) for draw in range(DRAWS)]
@@ -194,15 +195,22 @@ class _Runs:
         return allowed
 
 
-def _reference(model: nn.Module, inputs: Inputs, measure: str) -> tuple[list[Tensor], list[float]]:
-    runs = _Runs.of(lambda probe: _tensors(probe.run(model, inputs.args, inputs.kwargs)), measure)
+def _reference(
+    model: nn.Module, inputs: Inputs, measure: str, magnitudes: Magnitudes | None = None
+) -> tuple[list[Tensor], list[float]]:
+    def run(probe: Probe) -> list[Tensor]:
+        return _tensors(probe.run(model, inputs.args, inputs.kwargs))
+
+    runs = _Runs.of(run, measure, magnitudes or Magnitudes())
     floats = [y.is_floating_point() for y in runs.plain]
     return runs.plain, [runs.tolerance(i, measure) if f else 0.0 for i, f in enumerate(floats)]
 
 
 def distance(a: Tensor, b: Tensor, measure: str) -> float:
     """Greatest or root-mean-square difference over the values that are finite in both."""
-    delta = (a.double() - b.double())[torch.isfinite(a) & torch.isfinite(b)]
+    delta = a.double() - b.double()
+    if not bool(torch.isfinite(delta).all()):
+        delta = delta[torch.isfinite(a) & torch.isfinite(b)]
     if not delta.numel():
         return 0.0
     return float(delta.abs().max() if measure == "max" else delta.square().mean().sqrt())
@@ -355,7 +363,7 @@ def _layers(
         keys[:] = [key for key, _ in calls]
         return [result for _, result in calls]
 
-    runs = _Runs.of(run, measure)
+    runs = _Runs.of(run, measure, Magnitudes())
     places: dict[Key, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
