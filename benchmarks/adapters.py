@@ -188,14 +188,17 @@ def rows(folder: Path, rounds: int, spec: str) -> dict[str, Any]:
     """A batch of 8 with one adapter, and with 8 mixed; ids change at every step."""
     base = packed(llama(), spec)
     found: dict[str, Any] = {}
-    for rank, label, wanted in (
-        (16, "all", ALL), (RANK, "all", ALL), (RANK, "q, v", ["q_proj", "v_proj"])
+    for rank, label, wanted, dtype in (
+        (16, "all", ALL, torch.float32), (RANK, "all", ALL, torch.float32),
+        (RANK, "all, float16", ALL, torch.float16),
+        (RANK, "q, v", ["q_proj", "v_proj"], torch.float32),
     ):  # fmt: skip
         names = [f"a{i}" for i in range(8)]
         one, many = sharing(base), sharing(base)
         sizes = linears(base, wanted)
         for model, count in ((one, 1), (many, 8)):
-            manager = adapters(model, count * rank, modules=[f"*.{name}" for name in wanted])
+            modules = [f"*.{name}" for name in wanted]
+            manager = adapters(model, count * rank, modules=modules, dtype=dtype)
             for i, name in enumerate(names[:count]):
                 manager.load(lora(folder, sizes, rank, i), name)
         adapters(one).set("a0")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsefx.ir.codecs import Float
-from sparsefx.ir.errors import AdapterError
 from sparsefx.ir.format import Format
 from sparsefx.ir.layouts import Dense
 from sparsefx.ir.op import LINEAR, add_branch
+from sparsefx.runtime.adapter_add_rows import add_rows
 from sparsefx.runtime.adapter_delta import add_delta, rows_of
 from sparsefx.runtime.modules import SparseConv1x1, SparseLinear
 
@@ -47,23 +47,9 @@ class Slot(nn.Module):
 
     def add_rows(self, y: Tensor, x: Tensor) -> Tensor:
         """y plus the branch of each row's adapter; x (batch, …, K) or (batch · t, K)."""
-        b = self._buffers
-        rows, down, up = b["adapter_rows"], b["adapter_down"], b["adapter_up"]
-        assert rows is not None
-        assert down is not None
-        assert up is not None
-        end = len(down) if torch.compiler.is_compiling() else self.adapter_ranks
-        first, last = self.base_rank, end - self.base_rank
-        if x.shape[0] % rows.shape[0]:
-            raise AdapterError(
-                f"x has {x.shape[0]} rows, adapters.rows() named {rows.shape[0]} adapters: "
-                "name one for each row of the batch"
-            )
-        low = (x.to(y.dtype) @ down[first:end].T.to(y.dtype)).view(rows.shape[0], -1, last)
-        low = (low * rows[:, None, :last]).to(y.dtype).view(-1, last)
-        n = y.shape[-1]
-        out: Tensor = torch.addmm(y.reshape(-1, n), low, up[:, first:end].T.to(y.dtype))
-        return out.view(y.shape)
+        b: Any = self._buffers
+        out: Tensor = add_rows(y, x, b["adapter_down"], b["adapter_up"], b["adapter_rows"])
+        return out
 
 
 class AdaptedSparseLinear(SparseLinear, Slot):

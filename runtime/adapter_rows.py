@@ -1,7 +1,7 @@
 """An adapter of its own for each row of a batch (S-LoRA, arXiv 2311.03285).
 
-The branch's inner product is taken for the ranks of all adapters at once, and each row keeps its
-own by a (batch, ranks) tensor of scales, edited in place: other ids are no other shapes.
+Each row keeps its own ranks by a (batch, ranks) tensor of scales, edited in place: other ids are
+no other shapes. `adapter_add_rows` is the product.
 """
 
 from __future__ import annotations
