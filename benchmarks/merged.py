@@ -33,7 +33,7 @@ from sparsefx.passes.pipeline import PASSES
 from sparsefx.runtime import backend
 
 RESULTS = Path(__file__).parent / "results"
-APART = ("merge_siblings", "fuse_epilogues", "fuse_norms")
+APART = ("merge_siblings", "fuse_epilogues", "fuse_norms", "fuse_rotary", "group_heads")
 SPEC = "int4g128+a8"
 ROUNDS = 25
 GOALS = {"launches": 0.65, "ms": 1 / 1.15}

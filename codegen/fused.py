@@ -14,18 +14,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sparsefx.codegen import native, triton_fused  # noqa: F401  (registers those for GPUs)
+from sparsefx.codegen import native, norm, rotary, triton_fused  # noqa: F401  (their kernels)
+from sparsefx.codegen.active_ranks import PLAIN, REST
 from sparsefx.codegen.kernels import NATIVE, Problem, choose, prepared
 from sparsefx.codegen.native import ACTIVATIONS, TYPES
-from sparsefx.codegen.prepared import (
-    CALL,
-    JOINED,
-    PLAIN,
-    REST,
-    Current,
-    Product,
-    vector,
-)
+from sparsefx.codegen.prepared import CALL, JOINED, Current, Product, vector
 from sparsefx.ir import fused as meaning
 from sparsefx.ir.codecs import Int
 from sparsefx.ir.errors import WeightError

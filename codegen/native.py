@@ -22,7 +22,7 @@ from sparsefx.ir.codecs import Float, Int
 from sparsefx.ir.errors import ShapeError, SpecError, WeightError
 from sparsefx.ir.format import Format, Packed
 
-ABI = 2
+ABI = 3
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Data types of activations, as `enum sfx_type` numbers them."""
 CODE = 3
@@ -77,6 +77,10 @@ class Engine:
         """`sfx_linear` over pointers that are converted already."""
         self.run_parts = lib["sfx_linear_parts"]
         """`sfx_linear_parts`, its parts and its call as bytes."""
+        self.run_norm = lib["sfx_norm"]
+        """`sfx_norm`, its call as bytes."""
+        self.run_rotary = lib["sfx_rotary"]
+        """`sfx_rotary`, its call as bytes."""
         self.error = ctypes.create_string_buffer(ERROR)
 
     @property
@@ -224,6 +228,8 @@ def _load() -> tuple[Engine | None, str]:
         engine.use(os.environ.get("SPARSEFX_ISA", "auto"))
     except OSError as error:
         return None, f"the CPU engine does not load: {error}"
+    except AttributeError as error:  # a function is missing
+        return None, f"the CPU engine is older than this package: {error}; build it again"
     return engine, ""
 
 

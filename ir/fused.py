@@ -140,8 +140,10 @@ def _wants_gradient(args: Sequence[Any]) -> bool:
     return False
 
 
-def _autograd(op: Any, meaning: Op) -> Op:
-    """The meaning where a gradient is asked for, the kernel otherwise."""
+def _autograd(op: Any, meaning: Op, opaque: bool) -> Op:
+    """The meaning where a gradient is asked for, and where an op that is not `opaque` is traced;
+    the kernel otherwise.
+    """
     below, enabled, kernels = torch._C._after_autograd_keyset, torch.is_grad_enabled, CPU.get
 
     def run(keys: Any, *args: Any) -> Any:
@@ -149,7 +151,7 @@ def _autograd(op: Any, meaning: Op) -> Op:
             return meaning(*args)
         if keys.raw_repr() == PLAIN and (kernel := kernels(op)) is not None:
             return kernel(*args)
-        return op.redispatch(keys & below, *args)
+        return op.redispatch(keys & below, *args) if opaque else meaning(*args)
 
     return run
 
@@ -166,11 +168,23 @@ def _autocast(op: Any, device: str) -> Op:
     return run
 
 
+def register(op: Any, meaning: Op, fake: Op | None) -> None:
+    """Let `op` mean `meaning`, also where a gradient is asked for.
+
+    With `fake`, which tells the shapes of results, `op` stays one node when it is traced; without,
+    compilers see the operations that it means, and fuse them with others.
+    """
+    short = op._schema.name.rpartition("::")[2]
+    LIBRARY.impl(short, _autograd(op, meaning, fake is not None), "Autograd", with_keyset=True)
+    if fake is None:
+        LIBRARY.impl(short, meaning, "CompositeImplicitAutograd")
+    else:
+        LIBRARY.impl(short, meaning, "CompositeExplicitAutograd")
+        torch.library.register_fake(op._schema.name, fake, lib=LIBRARY)
+
+
 for _op, _meaning, _fake in ((LINEARS, linears, _linears_fake), (FUSED, fused, _fused_fake)):
-    _name = _op._schema.name
-    _short = _name.rpartition("::")[2]
-    LIBRARY.impl(_short, _meaning, "CompositeExplicitAutograd")
-    LIBRARY.impl(_short, _autograd(_op, _meaning), "Autograd", with_keyset=True)
+    register(_op, _meaning, _fake)
     for _device in ("cpu", "cuda"):
+        _short = _op._schema.name.rpartition("::")[2]
         LIBRARY.impl(_short, _autocast(_op, _device), f"Autocast{_device.upper()}")
-    torch.library.register_fake(_name, _fake, lib=LIBRARY)

@@ -29,7 +29,9 @@ from sparsefx.passes.fold import fold
 from sparsefx.passes.fuse_branches import fuse_branches
 from sparsefx.passes.fuse_epilogues import fuse_epilogues
 from sparsefx.passes.fuse_norms import fuse_norms
+from sparsefx.passes.fuse_rotary import fuse_rotary
 from sparsefx.passes.fuse_unpack import fuse_unpack
+from sparsefx.passes.group_heads import group_heads
 from sparsefx.passes.manager import with_plugins
 from sparsefx.passes.merge_siblings import merge_siblings
 from sparsefx.passes.normalise import normalise
@@ -46,7 +48,9 @@ PASSES = with_plugins(
         dead_ranks,  # what a branch multiplies by zero
         merge_siblings,  # products of one x become one call
         fuse_epilogues,  # bias, activation, gate and residual go into the product
-        fuse_norms,  # root mean square norms that are written out
+        fuse_norms,  # root mean square norms that are written out, and additions before norms
+        fuse_rotary,  # rotary embeddings that are written out, queries with keys
+        group_heads,  # attention reads keys and values once for all heads that share them
     ),
     (
         clean_up,  # what changes nothing, is computed twice, or is not read

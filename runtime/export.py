@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import secrets
@@ -23,11 +22,14 @@ from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
 from sparsefx.codegen.onnx_adapters import add_slots
 from sparsefx.codegen.onnx_fusions import in_place, rewrite
 from sparsefx.codegen.onnx_inputs import Inputs
+from sparsefx.codegen.onnx_program import closed, opened
 from sparsefx.ir import fused as meaning
+from sparsefx.ir import norm, rotary
 from sparsefx.ir.errors import ExportError
 from sparsefx.ir.sites import Traced
 from sparsefx.passes.manager import run_passes
 from sparsefx.passes.pipeline import PASSES
+from sparsefx.runtime import adapter_add_rows
 from sparsefx.runtime.gate import Difference, check, nearest_to_limit
 
 if TYPE_CHECKING:
@@ -37,7 +39,11 @@ SINGLE_FILE = 1 << 30
 """Weights beyond this many bytes go to a second file; protobuf's limit is 2 GiB."""
 SMALL = 1024
 """Tensors below this many bytes stay in the model file: shape inference reads them."""
-SPELLED = {meaning.LINEARS: meaning.linears, meaning.FUSED: meaning.fused}
+SPELLED: dict[Any, Callable[..., Any]] = {
+    meaning.LINEARS: meaning.linears, meaning.FUSED: meaning.fused,
+    norm.NORM: norm.norm, rotary.ROTARY: rotary.rotary,
+    adapter_add_rows.add_rows: adapter_add_rows.meaning,
+}  # fmt: skip
 """How a file writes what passes merged and fused: as the products and operators that it means.
 
 One product of several weights and a Split would be exact too, but is no faster: in ONNX Runtime
@@ -116,7 +122,7 @@ def export_call(
     """
     target = _target(path)
     with _evaluating(compiled):
-        program, left = _after_passes(compiled, _program(compiled, inputs), inputs)
+        program, left = _after_passes(_program(compiled, inputs))
         model, rows = to_onnx(program, [
             {axis: rule.name for axis, rule in axes.items()} for axes in inputs.axes
         ])  # fmt: skip
@@ -191,42 +197,22 @@ def optimised(program: torch.export.ExportedProgram) -> fx.GraphModule:
     Products of one input are one call, epilogues are fused, weights read through unpack are not
     unpacked. It takes what the exported model took and shares the program's weights.
     """
-    return _passed(program)[0]
-
-
-def _passed(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, list[str]]:
-    """`optimised`, and what passes noted that they left."""
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
-    traced = run_passes(Traced(gm.graph, {}), PASSES)
+    run_passes(Traced(gm.graph, {}), PASSES)
     gm.recompile()
-    return gm, traced.notes
+    return gm
 
 
 def _after_passes(
-    model: nn.Module, program: torch.export.ExportedProgram, inputs: Inputs
+    program: torch.export.ExportedProgram,
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     """`program` after the graph passes, in operators that a file has (`SPELLED`), and what passes
-    left as it was.
+    left as it was. The given one is used up.
     """
-    gm, left = _passed(program)
-    for node in gm.graph.nodes:
-        node.target = SPELLED.get(node.target, node.target)
-    gm.recompile()
-    shapes = _in_order(model, inputs.dynamic_shapes)
-    return _program(gm, replace(inputs, dynamic_shapes=shapes)), tuple(left)
-
-
-def _in_order(model: nn.Module, shapes: dict[str, Any] | None) -> Any:
-    """`shapes` without names, those of *args spread: a traced module names each of them."""
-    if shapes is None:
-        return None
-    kinds = inspect.signature(model.forward).parameters
-    flat: list[Any] = []
-    for name, rule in shapes.items():
-        spread = kinds[name].kind is inspect.Parameter.VAR_POSITIONAL
-        flat += rule if spread else [rule]
-    return tuple(flat)
+    gm = opened(program)
+    traced = run_passes(Traced(gm.graph, {}), PASSES)
+    return closed(program, gm, SPELLED), tuple(traced.notes)
 
 
 def _check_axes(model: ir.Model, inputs: Inputs) -> None:

@@ -113,11 +113,11 @@ LINEAR = [
      "the first panel's bias for all"),
     ("read(other, call.multiply, (b.row + r) * n", "read(other, call.multiply, r * n",
      "factors of the first 256 rows for all"),
-    ("    activate(v, b.columns, call.activation);\n",
-     "    if (call.multiply) activate(v, b.columns, call.activation);\n",
+    ("    isa.activate(v, b.columns, call.activation);\n",
+     "    if (call.multiply) isa.activate(v, b.columns, call.activation);\n",
      "activation only where there are factors"),
     ("v[j] *= other[j];\n    }",
-     "v[j] *= other[j];\n    }\n    activate(v, b.columns, call.activation);",
+     "v[j] *= other[j];\n    }\n    isa.activate(v, b.columns, call.activation);",
      "activation after the factors too"),
     ("low[j] *= part.branch_scale[j % down.n];", "low[j] *= part.branch_scale[0];",
      "one scale for the whole branch"),
@@ -148,10 +148,48 @@ ACTIVATE = [
     ("v[i] < 0 ? 0.0f : v[i]", "v[i] > 0 ? v[i] : 0.0f", "relu turns NaN into 0"),
     ("float e = 1.0f / 720;", "float e = 0;", "e^x without its last term"),
     ("0.044715f", "0.0447f", "a constant of gelu_tanh rounded"),
-    ("* 0.70710678118654752f", "* 0.707f", "the root of 2 in gelu rounded"),
-    ("p = p * t + 0.27886807f;", "p = p * t;", "erfc without one of its terms"),
-    ("? below : beyond", "? beyond : below", "gelu's two sides swapped"),
-    ("reach > 9 ? 0.0f : beyond", "beyond", "gelu far below zero is not zero"),
+    ("7.97884548e-01f", "7.9788e-01f", "a constant of erf rounded"),
+    ("q = V::fma(q, t, 7.21607757e-05f);", "q = V::fma(q, t, 0.0f);",
+     "erf without one of its terms"),
+    ("(v[i] > 0 ? 1.0f : 0.0f)", "(v[i] > 0 ? 0.0f : 1.0f)", "gelu's two sides swapped far out"),
+    ("std::fabs(v[i]) > kFar ? far : near", "near", "gelu far below zero is not zero"),
+]
+
+NORM = [
+    ("lanes[i] += lanes[i + width];", "lanes[i] = lanes[i + width];", "half of the lanes are lost"),
+    ("each(i + 48, 16, 3);", "", "every fourth vector is left out"),
+    ("static_cast<int>(k - i) : 16, 0);", "static_cast<int>(k - i) - 1 : 16, 0);",
+     "the last number is left out"),
+    ("i < count ? p[i] : rest;", "i < count ? p[i] : 0;", "lanes behind the row are off the mean"),
+    ("F v = V::mulf(V::subf(load_some(s + i, lanes), centre), scale);",
+     "F v = V::mulf(load_some(s + i, lanes), scale);", "the mean is not taken off"),
+    ("sum_lanes(sums) / k + row.eps", "sum_lanes(sums) / k", "a row of zeros becomes NaN"),
+    ("for (F &sum : sums) sum = V::zerof();", "", "sums of squares start from sums"),
+    ("    s = row.sum;\n", "", "the norm is of x alone"),
+    ("load_some(row.weight + i, lanes)", "load_some(row.weight, lanes)",
+     "the first weights for all"),
+    ("x[half + i] * cos[half + i] + x[i]", "x[half + i] * cos[i] + x[i]",
+     "the first half's angles for both"),
+    ("- x[half + i] * sin[i]", "+ x[half + i] * sin[i]", "turned the other way"),
+]
+
+NORM_ROWS = [
+    ("sum ? sum : room(k)", "room(k)", "the sum is not kept"),
+    ("return p ? p + row * k : nullptr;", "return p ? p : nullptr;", "the first row for all"),
+    ("      read(x, call.sum, i * k, k, call.type);\n", "", "the norm is of an exact sum"),
+    ("if (call.bias) read(bias, call.bias, 0, k,", "if (call.bias) read(bias, call.weight, 0, k,",
+     "weights for biases"),
+    ("call.m * (t + 1) / tasks);\n  });", "call.m * (t + 1) / tasks - 1);\n  });",
+     "the last row of a share is left out"),
+    ("if (call.residual && !call.sum && call.type != SFX_F32)", "if (false)",
+     "a rounded sum has no place"),
+]
+
+ROTARY = [
+    ("b = i / size[2] % size[1]", "b = i / size[2]", "heads beyond the first batch are missed"),
+    ("offset(call.sin_stride, a, b, c)", "offset(call.x_stride, a, b, c)", "angles of another row"),
+    ("rows * (t + 1) / tasks);", "rows * (t + 1) / tasks - 1);",
+     "the last row of a share is left out"),
 ]
 
 AVX512 = [
@@ -319,6 +357,9 @@ MUTATIONS = [
     *_of("linear.cpp", LINEAR),
     *_of("floats.h", FLOATS),
     *_of("activate.h", ACTIVATE),
+    *_of("norm.h", NORM),
+    *_of("norm.cpp", NORM_ROWS),
+    *_of("rotary.cpp", ROTARY),
     *_of("isa.cpp", ISA),
     *_of("threads.cpp", THREADS),
     *_of("kernels.h", KERNELS),

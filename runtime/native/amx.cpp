@@ -32,6 +32,7 @@ static bool runs_here() {
 #define SFX_ISA amx
 #include "vec_avx512.h"
 #include "activate.h"
+#include "norm.h"
 
 #include "amx_units.h"
 
@@ -316,7 +317,8 @@ void quantize(const Weight &w, const float *x, int8_t *codes, float *scales, int
 } // namespace amx
 
 const Isa kAmx = {"amx",         runs_here,     amx::slices,  amx::tile,
-                  amx::quantize, amx::any_rows, amx::activate};
+                  amx::quantize, amx::any_rows, amx::activate,
+                  amx::norm, amx::rotate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -18,10 +18,12 @@ static bool runs_here() {
 #include "vec_avx2.h"
 #include "multiply.h"
 #include "activate.h"
+#include "norm.h"
 
 namespace sfx {
 const Isa kAvx2 = {"avx2", runs_here, no_slices, nullptr, avx2::quantize, avx2::multiply,
-                  avx2::activate};
+                  avx2::activate,
+                  avx2::norm, avx2::rotate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

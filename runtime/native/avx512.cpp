@@ -22,10 +22,12 @@ static bool runs_here() { // for every processor, hence above the pragmas
 #include "vec_avx512.h"
 #include "multiply.h"
 #include "activate.h"
+#include "norm.h"
 
 namespace sfx {
 const Isa kAvx512 = {"avx512", runs_here, no_slices, nullptr, avx512::quantize, avx512::multiply,
-                    avx512::activate};
+                    avx512::activate,
+                    avx512::norm, avx512::rotate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

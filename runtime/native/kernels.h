@@ -6,7 +6,6 @@
 
 #include "readers.h"
 
-#define SFX_INLINE_LAMBDA __attribute__((always_inline))
 // Loops over registers must vanish, or the compiler keeps the registers in memory.
 #define SFX_UNROLL _Pragma("GCC unroll 24")
 

@@ -287,7 +287,8 @@ const float *low_rank(const Isa &isa, const sfx_call &call, const sfx_part &part
   const Part whole{{{&down, ordered(isa, down, false, call, rooms)}}, 1, nullptr, low, down.n};
   all_panels(isa, inner, &whole, 1, false);
   if (part.branch_scale)
-    for (int64_t j = 0; j < call.m * down.n; ++j) low[j] *= part.branch_scale[j % down.n];
+    for (int64_t row = 0; row < call.m; ++row)
+      for (int64_t j = 0; j < down.n; ++j) low[row * down.n + j] *= part.branch_scale[j];
   return low;
 }
 

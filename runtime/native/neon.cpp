@@ -25,10 +25,12 @@ static bool runs_here() {
 #include "vec_neon.h"
 #include "multiply.h"
 #include "activate.h"
+#include "norm.h"
 
 namespace sfx {
 const Isa kNeon = {"neon", runs_here, no_slices, nullptr, neon::quantize, neon::multiply,
-                  neon::activate};
+                  neon::activate,
+                  neon::norm, neon::rotate};
 } // namespace sfx
 #if defined(__clang__)
 #pragma clang attribute pop

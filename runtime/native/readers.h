@@ -4,6 +4,7 @@
 #include "weight.h"
 
 #define SFX_INLINE inline __attribute__((always_inline))
+#define SFX_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace sfx {
 namespace SFX_ISA {

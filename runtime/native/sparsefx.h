@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define SFX_ABI 2
+#define SFX_ABI 3
 #define SFX_ERROR 256
 #define SFX_API __attribute__((visibility("default")))
 
@@ -67,6 +67,42 @@ typedef struct {
   int64_t y_stride;
 } sfx_part;
 
+// A low-rank branch that some rows of a batch have.
+typedef struct {
+  const sfx_weight *down;     // (rank, k)
+  const sfx_weight *up;       // (n, rank)
+  const float *scale;         // (rank)
+} sfx_branch;
+
+// y = (s - mean) / √(mean((s - mean)²) + eps) ⊙ weight + bias of each row s = x + residual, rounded
+// to `type`; mean is 0 unless `centred`.
+typedef struct {
+  const void *x;              // (m, k) contiguous, of `type`
+  const void *residual;       // (m, k) contiguous or null
+  void *sum;                  // (m, k) contiguous: s; null where x is s, or s is not asked for
+  void *y;                    // (m, k) contiguous
+  int64_t m, k;
+  int32_t type;               // SFX_F32, SFX_F16 or SFX_BF16
+  int32_t centred;            // LayerNorm, else RMS norm
+  int32_t threads;            // at most so many
+  float eps;
+  const void *weight, *bias;  // (k) or null
+  sfx_parallel parallel;      // as in sfx_call
+  void *pool;
+} sfx_norm_call;
+
+// y = x ⊙ cos + (-x₁, x₀) ⊙ sin along the last axis, x₀ and x₁ the halves of x there: float32.
+typedef struct {
+  const float *x, *cos, *sin;
+  float *y;
+  int64_t size[3];            // of the axes before the last
+  int64_t x_stride[3], y_stride[3], cos_stride[3], sin_stride[3]; // in elements; of the last: 1
+  int64_t half;               // half of the last axis
+  int64_t threads;            // at most so many
+  sfx_parallel parallel;      // as in sfx_call
+  void *pool;
+} sfx_rotary_call;
+
 SFX_API int32_t sfx_abi(void);
 SFX_API const char *sfx_isa(void);                 // the instruction set in use
 SFX_API int sfx_set_isa(const char *name, char *error); // "auto" or one of sfx_isas
@@ -83,6 +119,13 @@ SFX_API int sfx_linear(const sfx_weight *weight, const sfx_call *call, char *err
 // Otherwise only a part alone may have multiply and residual.
 SFX_API int sfx_linear_parts(const sfx_part *parts, int32_t count, int32_t gated,
                              const sfx_call *call, char *error);
+// y = residual + ((x · downᵀ) ⊙ scale) · upᵀ, x and y contiguous: of m rows in `batch` equal parts,
+// part i has the branch which[i], or none where that is -1. Of the call's further fields x_type,
+// threads, parallel and pool count.
+SFX_API int sfx_add_branches(const sfx_branch *branches, int32_t count, const int32_t *which,
+                             int64_t batch, const sfx_call *call, char *error);
+SFX_API int sfx_norm(const sfx_norm_call *call, char *error);
+SFX_API int sfx_rotary(const sfx_rotary_call *call, char *error);
 
 #ifdef __cplusplus
 }

@@ -49,6 +49,7 @@ struct V {
   // acc + the four products of unsigned bytes w and signed bytes x in each lane
   template <bool> static I dot(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static F addf(F a, F b) { return _mm512_add_ps(a, b); }
   static F subf(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mulf(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -106,6 +106,7 @@ struct V {
   static F fma(F a, F b, F c) {
     return four<F>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
   }
+  static float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static F addf(F a, F b) {
     return four<F>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
   }

@@ -59,6 +59,7 @@ struct V {
     return acc + pairs(w & low, x) + pairs(w >> 8 & low, x >> 8);
   }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static float fma(float a, float b, float c) { return a * b + c; }
   static F addf(F a, F b) { return a + b; }
   static F subf(F a, F b) { return a - b; }
   static F mulf(F a, F b) { return a * b; }

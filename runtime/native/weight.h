@@ -94,6 +94,17 @@ struct Scratch {
   int32_t *sums;    // and their sums
 };
 
+// A row of sfx_norm_call, all as float32; `sum` may be x or y, and is not null where `residual` is
+// not.
+struct NormRow {
+  const float *x, *residual;
+  float *sum, *y;
+  const float *weight, *bias;
+  int64_t k;
+  float eps;
+  bool centred;
+};
+
 struct Isa {
   const char *name;
   bool (*runs_here)();
@@ -109,6 +120,9 @@ struct Isa {
                    float *tile, const Scratch &);
   // What an SFX_RELU, … makes of `count` values, in place.
   void (*activate)(float *values, int64_t count, int activation);
+  void (*norm)(const NormRow &);
+  // y = x ⊙ cos + (-x₁, x₀) ⊙ sin, each of 2 · half numbers.
+  void (*rotate)(const float *x, const float *cos, const float *sin, float *y, int64_t half);
 };
 
 inline int no_slices(const Weight &, int64_t, int, bool) { return 0; }

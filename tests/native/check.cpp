@@ -384,7 +384,7 @@ int main(int argc, char **argv) {
   Random random{20240229};
   check_refusals(random);
   check_floats();
-  for (const string &isa : isas()) check_activations(isa);
+  for (const string &isa : isas()) check_activations(isa), check_norms(isa, in_threads, random);
   check_quantize(random);
   check_not_finite(random);
   check_products(random);

@@ -1,10 +1,11 @@
-// Checks of floats.h and of the activations on their own.
+// Checks of floats.h and of the activations on their own; those of norms are in norms.h.
 #pragma once
 
 #include <cstring>
 
 #include "../../runtime/native/floats.h"
 #include "../../runtime/native/isa.h"
+#include "norms.h"
 #include "reference.h"
 
 // float16 and bfloat16 both ways: every pattern, and the numbers around where rounding changes.
