@@ -9,8 +9,8 @@
 namespace sfx {
 namespace SFX_ISA {
 
-constexpr int kAhead = 1024;     // bytes from the codes that are decoded to those fetched
-constexpr int kMasksAhead = 512; // and of their masks
+constexpr int kAhead = 4096;      // bytes from the codes that are decoded to those fetched
+constexpr int kMasksAhead = 2048; // and of their masks
 
 using I = V::I;
 using F = V::F;

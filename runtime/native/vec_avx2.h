@@ -26,7 +26,9 @@ struct V {
   static const __m128i *half(const void *p) { return static_cast<const __m128i *>(p); }
   static const char *bytes(const void *p) { return static_cast<const char *>(p); }
 
-  static void prefetch(const void *p) { _mm_prefetch(bytes(p), _MM_HINT_T0); }
+  static void prefetch(const void *p) { // not _mm_prefetch, as in vec_avx512.h
+    __asm__ volatile("prefetcht0 %0" : : "m"(*bytes(p)));
+  }
   static I load(const void *p) { return {_mm256_loadu_si256(as(p)), _mm256_loadu_si256(as(p) + 1)}; }
   static void store(void *p, I v) {
     _mm256_storeu_si256(static_cast<__m256i *>(p), v.a);
