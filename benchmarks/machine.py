@@ -21,6 +21,7 @@ FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "avx512_vbmi", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
+WIDEST = {"amx_int8": "amx", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
 PACKAGES = ("torch", "onnxruntime", "executorch", "torchao", "numpy")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -40,9 +41,18 @@ def cpu_model() -> str:
 
 
 def slug() -> str:
-    """The CPU model as part of a file name."""
+    """The CPU model and its widest instructions as part of a file name: a virtual machine may hide
+    some, and a model without its matrix unit is another machine."""
     plain = re.sub(r"\((R|TM)\)", "", cpu_model(), flags=re.IGNORECASE).split("@")[0]
-    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    has = isa_flags()
+    isa = next((name for flag, name in WIDEST.items() if flag in has), "")
+    return re.sub(r"[^a-z0-9]+", "-", f"{plain} {isa}".lower()).strip("-")
+
+
+def isa_flags() -> list[str]:
+    """Those of FLAGS that this processor has."""
+    words = set(read("/proc/cpuinfo").split())
+    return [flag for flag in FLAGS if flag in words]
 
 
 def caches() -> dict[str, int]:
@@ -77,7 +87,6 @@ def cpu_seconds() -> float:
 
 def facts() -> dict[str, Any]:
     """CPU, caches, ISA flags, memory, load and versions: what a reader needs to compare runs."""
-    words = set(read("/proc/cpuinfo").split())
     versions = {}
     for name in PACKAGES:
         try:
@@ -90,7 +99,7 @@ def facts() -> dict[str, Any]:
         "usable_cores": len(os.sched_getaffinity(0)),
         "pinned": len(os.sched_getaffinity(0)) < (os.cpu_count() or 1),
         "caches": caches(),
-        "isa": [flag for flag in FLAGS if flag in words],
+        "isa": isa_flags(),
         "memory_gb": round(memory("MemTotal") / 2**30, 1),
         "load_at_start": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",

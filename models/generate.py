@@ -62,6 +62,11 @@ class _Table(nn.Embedding):
         super().__init__(rows, columns, embed.padding_idx, _weight=weight, _freeze=True)
         self.read_as = embed.weight.dtype
 
+    def _apply(self, fn: Any, recurse: bool = True) -> _Table:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.read_as = fn(torch.empty(0, dtype=self.read_as)).dtype
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).to(self.read_as)
 

@@ -157,22 +157,22 @@ def _dot(constants: Sequence[float], units: Sequence[Size]) -> Any:
 MACHINES: Mapping[int, Machine] = {
     1: Machine(
         {
-            "float activations": (1.53e-04, 1.41e-10, 9.13e-12, 4.12e-12, 8.44e-09),
-            "int8 activations": (4.76e-05, 9.17e-11, 2.12e-11, 6.75e-13, 3.69e-09),
-            "torch": (1.99e-03, 2.96e-11, 1.18e-10, 9.60e-12, 1.97e-08),
+            "float activations": (5.86e-05, 7.37e-11, 3.49e-12, 7.08e-12, 1.45e-08),
+            "int8 activations": (2.31e-05, 5.37e-11, 5.94e-12, 5.32e-12, 9.38e-10),
+            "torch": (1.84e-03, 2.74e-11, 1.10e-10, 6.73e-12, 1.38e-08),
         },
-        bandwidth=1.79e10,
+        bandwidth=1.67e10,
         peak=1e11,
     ),
     2: Machine(
         {
-            "float activations": (5.05e-05, 7.88e-11, 3.01e-12, 4.26e-12, 8.72e-09),
-            "int8 activations": (7.21e-05, 5.92e-11, 4.30e-12, 1.02e-12, 2.08e-09),
-            "torch": (8.49e-04, 1.27e-11, 5.06e-11, 6.20e-12, 1.27e-08),
+            "float activations": (2.49e-05, 4.01e-11, 1.48e-12, 3.61e-12, 7.39e-09),
+            "int8 activations": (1.05e-05, 3.64e-11, 6.25e-13, 1.48e-12, 3.04e-09),
+            "torch": (7.29e-04, 1.09e-11, 4.34e-11, 3.50e-12, 7.17e-09),
         },
-        bandwidth=3.18e10,
-        peak=1.6e11,
+        bandwidth=3.2e10,
+        peak=2e11,
     ),
 }
-"""By number of threads: fitted by `benchmarks.cost` to results/cpu-intel-xeon-processor.json."""
+"""By number of threads: fitted by `benchmarks.cost` to results/cpu-intel-xeon-processor-avx512.json."""
 DEFAULT = MACHINES[1]

@@ -11,9 +11,11 @@ import torch
 from product_counter import count_products
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsefx.models import MODELS, Bundle, antiberty, minilm, smollm2, text
 from sparsefx.models.assets import Asset, MissingAsset, WrongAsset
+from sparsefx.models.generate import untie
 from sparsefx.models.zoo import ZOO
 
 DENSE = {"smollm2": (8.0, 40.0), "minilm": (0.40, 0.60), "antiberty": (0.97, 1.0)}
@@ -209,3 +211,14 @@ def assert_same(left: Mapping[str, object], right: Mapping[str, object]) -> None
     for one, other in zip(tree_leaves(dict(left)), tree_leaves(dict(right)), strict=True):
         same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
         assert same
+
+
+def test_an_untied_model_changes_its_data_type_as_a_whole() -> None:
+    """What the embedding is read as follows `.bfloat16()` and `.float()`."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=32,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model: Any = untie(LlamaForCausalLM(config).eval())
+    for dtype in (torch.bfloat16, torch.float32):
+        assert model.to(dtype)(torch.arange(4)[None]).logits.dtype is dtype
