@@ -174,5 +174,5 @@ MACHINES: Mapping[int, Machine] = {
         peak=2e11,
     ),
 }
-"""By number of threads: fitted by `benchmarks.cost` to results/cpu-intel-xeon-processor-avx512.json."""
+"""By number of threads, fitted by `benchmarks.cost` to cpu-intel-xeon-processor-avx512.json."""
 DEFAULT = MACHINES[1]
