@@ -13,6 +13,8 @@ from sparsefx.ir.errors import MissingPackageError
 from sparsefx.runtime.plan_file import write_atomically
 
 OURS, PEER, INK, GRID = "#0b6e99", "#d98e04", "#222222", "#dddddd"
+FAR = 5.0
+"""Times the best perplexity: where pictures end."""
 Axis = Literal["ms", "megabytes"]
 AXES: dict[Axis, str] = {"ms": "milliseconds per run", "megabytes": "megabytes of weights"}
 
@@ -85,6 +87,17 @@ class Frontier:
         lines += [f"{p.name} did not run: {p.reason}" for p in self.points if p.reason]
         return "\n".join(lines)
 
+    def height(self, point: Point) -> float:
+        """Where a picture has the point: what is far worse than all else stands at its edge."""
+        if self.better == "higher":
+            return point.quality
+        return min(point.quality, FAR * min(p.quality for p in self.shown))
+
+    def label(self, point: Point) -> str:
+        """Its name, and its figure where `height` is not that."""
+        far = self.height(point) < point.quality
+        return point.name + (f", {self.metric} {point.quality:.2g}" if far else "")
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "beaten": {axis: self.beaten(axis) for axis in AXES}}
 
@@ -152,17 +165,18 @@ def _panel(panel: Any, frontier: Frontier, axis: Axis) -> None:
     beaten = frontier.beaten(axis)
     edge = frontier.edge(axis)
     panel.plot(
-        [getattr(p, axis) for p in edge], [p.quality for p in edge], color=OURS, lw=1.4, alpha=0.5,
-        drawstyle="steps-post", zorder=2,
+        [getattr(p, axis) for p in edge], [frontier.height(p) for p in edge], color=OURS, lw=1.4,
+        alpha=0.5, drawstyle="steps-post", zorder=2,
     )  # fmt: skip
     for number, point in enumerate(frontier.shown, 1):
         color = OURS if point.ours else PEER
         face = "white" if point.name in beaten else color
-        x, marker = getattr(point, axis), "o" if point.ours else "s"
-        panel.plot(x, point.quality, marker, ms=8, mfc=face, mec=color, mew=1.6, zorder=4)
+        x, y = getattr(point, axis), frontier.height(point)
+        marker = "v" if y < point.quality else "o" if point.ours else "s"
+        panel.plot(x, y, marker, ms=8, mfc=face, mec=color, mew=1.6, zorder=4)
         dx, dy = ((0, 8), (-8, 0))[number % 2] if point.ours else ((0, -8), (8, 0))[number % 2]
         panel.annotate(
-            str(number), (x, point.quality), xytext=(dx, dy), textcoords="offset points",
+            str(number), (x, y), xytext=(dx, dy), textcoords="offset points",
             ha=("right", "center", "left")[(dx > 0) - (dx < 0) + 1],
             va=("top", "center", "bottom")[(dy > 0) - (dy < 0) + 1],
             fontsize=8, color=color, zorder=5,
@@ -178,7 +192,9 @@ def _panel(panel: Any, frontier: Frontier, axis: Axis) -> None:
         panel.spines[side_name].set_visible(False)
     if frontier.better == "lower":
         panel.set_yscale("log")
-        panel.invert_yaxis()
+        panel.yaxis.set_inverted(True)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        panel.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
 
 
 def _key(fig: Any, beside: Any, frontier: Frontier) -> None:
@@ -197,12 +213,13 @@ def _key(fig: Any, beside: Any, frontier: Frontier) -> None:
                 ls="",
                 marker="o" if point.ours else "s",
                 mfc=face,
-                label=f"{number}  {point.name}"[:64],
+                label=f"{number}  {frontier.label(point)}"[:72],
             )
         )
     beside.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8,
-        title="circles: sparsefx; squares: peers\nhollow: one of ours is at least as good in both",
+        title="circles: sparsefx; squares: peers; triangles: off the scale\n"
+        "hollow: one of ours is at least as good in both",
         title_fontsize=8, alignment="left",
     )  # fmt: skip
 
@@ -217,13 +234,13 @@ def _html(frontier: Frontier) -> bytes:
         beaten, edge = frontier.beaten(axis), frontier.edge(axis)
         line = {"mode": "lines", "line": {"color": OURS, "shape": "hv"}, "hoverinfo": "skip"}
         figure.add_scatter(
-            x=[getattr(p, axis) for p in edge], y=[p.quality for p in edge], name="our frontier",
-            showlegend=column == 1, row=1, col=column, **line,
+            x=[getattr(p, axis) for p in edge], y=[frontier.height(p) for p in edge],
+            name="our frontier", showlegend=column == 1, row=1, col=column, **line,
         )  # fmt: skip
         for label, ours in (("sparsefx", True), ("peers", False)):
             points = [p for p in frontier.shown if p.ours == ours]
             figure.add_scatter(
-                x=[getattr(p, axis) for p in points], y=[p.quality for p in points],
+                x=[getattr(p, axis) for p in points], y=[frontier.height(p) for p in points],
                 name=label, mode="markers", showlegend=column == 1, row=1, col=column,
                 hovertext=[_hover(frontier, p, beaten.get(p.name, "")) for p in points],
                 hoverinfo="text", marker={

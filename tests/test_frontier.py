@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_who_beats_whom(frontier: Frontier) -> None:
     said = frontier.report()
     assert "not beaten: peer fp32, peer int2" in said
     assert "peer that died did not run: RuntimeError: no" in said
+
+
+def test_what_is_far_off_stands_at_the_edge() -> None:
+    """A perplexity of millions would press all others into one line."""
+    lost = Point("int2", 3e8, 1.0, 3_000_000)
+    frontier = replace(flipped(), points=(*flipped().points, lost))
+    assert frontier.height(lost) == pytest.approx(5 / 0.9)
+    assert frontier.label(lost) == "int2, perplexity 3e+08"
+    near = frontier.points[0]
+    assert (frontier.height(near), frontier.label(near)) == (near.quality, "dense")
+    assert HIGHER.height(lost) == lost.quality
 
 
 @pytest.mark.parametrize("frontier", [HIGHER, flipped()])
