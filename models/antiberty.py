@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +35,11 @@ def load() -> Bundle:
     """Return AntiBERTy with masked-residue accuracy on 128 human germline sequences."""
     folder = WEIGHTS.locate().parent
     vocabulary = Vocabulary((folder.parent / "vocab.txt").read_text().split())
-    evaluated, others = _germlines(vocabulary)
+    evaluated, human, animals = _germlines(vocabulary)
     batches = list(_masked_batches(vocabulary, evaluated))
 
     def calibration(count: int) -> list[dict[str, Tensor]]:
+        others = human if count * _BATCH <= len(human) else human + animals
         if not 0 < count <= len(others) // _BATCH:
             raise ValueError(f"{count} batches asked, there are 1 to {len(others) // _BATCH}")
         parts = [others[i::count][:_BATCH] for i in range(count)]
@@ -87,23 +88,36 @@ class Vocabulary:
         return torch.tensor([self.index[token] for token in ("[CLS]", *sequence, "[SEP]")])
 
 
-def _germlines(vocabulary: Vocabulary) -> tuple[list[str], list[str]]:
-    """Return (evaluated, other) human variable regions; no gene has alleles on both sides."""
+def _germlines(vocabulary: Vocabulary) -> tuple[list[str], list[str], list[str]]:
+    """Return (evaluated, other) human variable regions, of which no gene has alleles on both
+    sides, and those of other animals."""
     tree = ast.parse(GERMLINES.locate().read_text())  # a table: read as data, never run
     [assignment] = tree.body
     assert isinstance(assignment, ast.Assign)
     table: dict[str, Any] = ast.literal_eval(assignment.value)
-    joins = [join.replace("-", "") for join in table["J"]["H"]["human"].values()]
     sides: tuple[list[str], list[str]] = ([], [])
     genes: dict[str, int] = {}
-    variables = [item for chain in "HKL" for item in table["V"][chain]["human"].items()]
-    for position, (allele, aligned) in enumerate(variables):
+    for allele, sequence in _regions(table, "human"):
         gene = genes.setdefault(allele.split("*")[0], len(genes))
-        join = joins[position % len(joins)] if allele.startswith("IGHV") else ""
-        sequence = aligned.replace("-", "") + join
         if set(sequence) <= vocabulary.index.keys():
             sides[gene % 2].append(sequence)
-    return sides[0][:_EVALUATED], sides[1]
+    evaluated, others = sides[0][:_EVALUATED], sides[1]
+    animals = [
+        sequence
+        for species in sorted({kind for chain in "HKL" for kind in table["V"][chain]} - {"human"})
+        for _, sequence in _regions(table, species)
+        if set(sequence) <= vocabulary.index.keys() and sequence not in evaluated
+    ]
+    return evaluated, others, animals
+
+
+def _regions(table: Mapping[str, Any], species: str) -> Iterator[tuple[str, str]]:
+    """Yield every allele of a species and its variable region, heavy ones with a J gene behind."""
+    joins = [join.replace("-", "") for join in table["J"]["H"].get(species, {"": ""}).values()]
+    variables = [item for chain in "HKL" for item in table["V"][chain].get(species, {}).items()]
+    for position, (allele, aligned) in enumerate(variables):
+        join = joins[position % len(joins)] if allele.startswith("IGHV") else ""
+        yield allele, aligned.replace("-", "") + join
 
 
 def _masked_batches(

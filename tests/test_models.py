@@ -94,11 +94,13 @@ def test_antiberty_evaluates_no_gene_it_calibrates_on() -> None:
     folder = antiberty.WEIGHTS
     try:
         tokens = (folder.folder() / "trained_models" / "vocab.txt").read_text().split()
-        evaluated, others = antiberty._germlines(antiberty.Vocabulary(tokens))
+        evaluated, others, animals = antiberty._germlines(antiberty.Vocabulary(tokens))
     except MissingAsset as missing:
         pytest.skip(str(missing))
     assert len(evaluated) == 128
     assert len(others) > 100
+    assert len(animals) > 1000
+    assert not set(evaluated) & {*others, *animals}, "what is judged on is never calibrated on"
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
