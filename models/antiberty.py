@@ -89,8 +89,8 @@ class Vocabulary:
 
 
 def _germlines(vocabulary: Vocabulary) -> tuple[list[str], list[str], list[str]]:
-    """Return (evaluated, other) human variable regions, of which no gene has alleles on both
-    sides, and those of other animals."""
+    """Return (evaluated, other) human variable regions, of which neither genes nor sequences are
+    on both sides, and those of other animals."""
     tree = ast.parse(GERMLINES.locate().read_text())  # a table: read as data, never run
     [assignment] = tree.body
     assert isinstance(assignment, ast.Assign)
@@ -101,7 +101,8 @@ def _germlines(vocabulary: Vocabulary) -> tuple[list[str], list[str], list[str]]
         gene = genes.setdefault(allele.split("*")[0], len(genes))
         if set(sequence) <= vocabulary.index.keys():
             sides[gene % 2].append(sequence)
-    evaluated, others = sides[0][:_EVALUATED], sides[1]
+    evaluated = sides[0][:_EVALUATED]
+    others = [sequence for sequence in sides[1] if sequence not in evaluated]  # of doubled genes
     animals = [
         sequence
         for species in sorted({kind for chain in "HKL" for kind in table["V"][chain]} - {"human"})
