@@ -6,7 +6,11 @@ were dropped that cost more and are worth less than another of their Site.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,22 +108,39 @@ def _milp(
         shape=(len(groups), len(pairs)),
     )
     scale = float(np.abs(values).sum()) or 1.0
-    result: Any = milp(
-        values * (len(groups) / scale),
-        integrality=np.ones(len(pairs)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one, 1, 1),
-            LinearConstraint((extra / unit)[None], -np.inf, room / unit),
-        ],
-        options={"mip_rel_gap": GAP, "node_limit": NODES},
-    )
+    with _no_debug_output():
+        result: Any = milp(
+            values * (len(groups) / scale),
+            integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one, 1, 1),
+                LinearConstraint((extra / unit)[None], -np.inf, room / unit),
+            ],
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
+        )
     if result.x is None:  # the cheapest choice keeps the budget, so there is always an answer
         return [m[-1] for m in kept], 1.0
     chosen: dict[int, tuple[float, int]] = {}
     for (g, i), share in zip(pairs, result.x, strict=True):
         chosen[g] = max(chosen.get(g, (-1.0, -1)), (float(share), i), key=lambda c: c[0])
     return [chosen[g][1] for g in range(len(groups))], float(result.mip_gap or 0.0)
+
+
+@contextmanager
+def _no_debug_output() -> Iterator[None]:
+    """HiGHS (in SciPy 1.17) writes a line to the process's own standard output per solution that it
+    polishes, thousands at times; no option turns it off."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C's own buffer holds goes nowhere too
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _solution(groups: Sequence[Sequence[Item]], chosen: Sequence[int], gap: float) -> Solution:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -87,3 +89,23 @@ def test_a_budget_is_kept_exactly() -> None:
     found = solve(groups, 2.0 - 1e-9)
     assert found.chosen == (1, 0)
     assert found.cost == 1.5
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Not even by the solver's own C code, whose output Python does not see; afterwards all is."""
+    import scipy.optimize
+
+    real, printf = scipy.optimize.milp, ctypes.CDLL(None).puts
+
+    def chatty(*args: Any, **options: Any) -> Any:
+        printf(b"a line that no option turns off")
+        return real(*args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", chatty)
+    groups = [
+        [Item("a", 1.0, 2.0), Item("b", 2.0, 1.0)],
+        [Item("a", 1.0, 3.0), Item("b", 3.0, 1.0)],
+    ]
+    assert solve(groups, 4.0).value == 3.0
+    print("heard")
+    assert capfd.readouterr().out == "heard\n"
