@@ -21,25 +21,14 @@ CALL = struct.Struct("PPPP15qqqPP").pack
 
 def rotary(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     """`sparsefx::rotary` on CPUs."""
-    engine = native.engine()
-    fits = engine is not None and cos.shape == sin.shape and cos.dim() == 4
-    for t in (*x, cos, sin):
-        fits = fits and t.dtype is torch.float32 and t.stride(-1) == 1
-    angles = cos.shape
-    for t in x:
-        fits = fits and _fits(t.shape, angles)
-    if not fits:
+    engine, angles = native.engine(), cos.shape
+    if engine is None or sin.shape != angles or not all(_fits(t, angles) for t in (cos, sin, *x)):
         return meaning.rotary(x, cos, sin)
-    assert engine is not None
-    threads, error = torch.get_num_threads(), engine.error
-    a, b, c, _ = angles
-    steps = [
-        s if side > 1 else 0
-        for t in (cos, sin)
-        for s, side in zip(t.stride(), (a, b, c), strict=False)
-    ]
-    tail = (cos.shape[-1] // 2, threads, 0, 0)
-    cos_at, sin_at, out = cos.data_ptr(), sin.data_ptr(), []
+    a, b, c, width = angles
+    ones = a == 1, b == 1, c == 1
+    steps = _steps(cos, ones) + _steps(sin, ones)
+    tail = (width // 2, torch.get_num_threads(), 0, 0)
+    cos_at, sin_at, error, out = cos.data_ptr(), sin.data_ptr(), engine.error, []
     for t in x:
         out.append(y := torch.empty_like(t))
         call = CALL(
@@ -51,11 +40,25 @@ def rotary(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     return out
 
 
-def _fits(shape: torch.Size, angles: torch.Size) -> bool:
-    """Whether angles are broadcast to this shape, whose last axis has two halves."""
-    pairs = zip(shape, angles, strict=False)
-    alike = len(shape) == 4 and shape[-1] == angles[-1] and shape[-1] % 2 == 0
-    return alike and all(own in (side, 1) for side, own in pairs)
+def _fits(t: Tensor, angles: torch.Size) -> bool:
+    """Whether angles are broadcast to t, float32 of four axes whose last has two halves.
+
+    Written out: it runs three times at every call.
+    """
+    shape = t.shape
+    if t.dtype is not torch.float32 or len(shape) != 4 or len(angles) != 4:
+        return False
+    a, b, c, width = angles
+    return (
+        width == shape[3] and not width % 2 and t.stride(3) == 1
+        and (a == 1 or a == shape[0]) and (b == 1 or b == shape[1]) and (c == 1 or c == shape[2])
+    )  # fmt: skip
+
+
+def _steps(t: Tensor, ones: tuple[bool, bool, bool]) -> tuple[int, ...]:
+    """Strides of the first three axes, 0 where one entry serves all."""
+    a, b, c, _ = t.stride()
+    return (0 if ones[0] else a, 0 if ones[1] else b, 0 if ones[2] else c)
 
 
 use(meaning.ROTARY, rotary)
