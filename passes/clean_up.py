@@ -37,9 +37,15 @@ def clean_up(traced: Traced) -> bool:
     changed = _drop_zero_branches(graph)
     changed |= _drop_identities(graph, own)
     changed |= _share(graph, own)
-    # fx itself takes a method that edits its tensor, and whose result no one reads, for dead.
-    dead = graph.eliminate_dead_code(lambda node: node.is_impure() or bool(written(node)))
-    return bool(dead) or changed
+    return bool(graph.eliminate_dead_code(_acts)) or changed
+
+
+def _acts(node: Node) -> bool:
+    """Whether it does more than give a result. fx itself takes for dead a method that edits its
+    tensor, and the marks between which dynamo writes out what `vmap` does to a function.
+    """
+    functorch = getattr(node.target, "__module__", None) or ""
+    return node.is_impure() or bool(written(node)) or functorch.startswith("torch._functorch")
 
 
 def _owned(graph: Graph) -> set[Node]:

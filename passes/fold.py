@@ -143,7 +143,8 @@ def _plain_convolution(use: Use) -> bool:
     """Any convolution of a whole weight: what follows it scales its rows."""
     name = op_name(use.node)
     transposed = name == "convolution" and bool(argument(use.node, 6, "transposed"))
-    return name in CONVOLUTIONS and not transposed and use.node.args[1] is use.weight
+    weight = argument(use.node, 1, "weight")
+    return name in CONVOLUTIONS and not transposed and weight is use.weight
 
 
 # --- after and before a product ------------------------------------------------------------------

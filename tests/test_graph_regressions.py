@@ -244,3 +244,43 @@ def test_a_norm_after_a_shared_convolution(inner: str, train: bool) -> None:
         for _ in range(2):
             close(run(x), twin(x))
             close(model.norm.running_mean, twin.norm.running_mean)  # type: ignore[arg-type]
+
+
+# --- found with Mamba: what dynamo writes out of vmap, and weights given by name ------------------
+
+
+class Mapped(nn.Module):
+    """A function over rows beside a product: `vmap` becomes marks in the graph without readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: row.sin() * row.sum())(self.fc(x))
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_vmap_inside_the_model(inner: str) -> None:
+    model, x = Mapped().eval(), torch.randn(5, K)
+    with torch.no_grad():
+        close(compiled(model, inner)(x), model(x))
+
+
+class ByName(nn.Module):
+    """A convolution and a product whose weights are keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv1d(4, 4, 3, groups=4), nn.Linear(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv1d(x, weight=self.conv.weight, bias=self.conv.bias, padding=1, groups=4)
+        return F.linear(y * 2, weight=self.fc.weight, bias=self.fc.bias)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_weights_given_by_name(inner: str) -> None:
+    model, x = ByName().eval(), torch.randn(2, 4, K)
+    with torch.no_grad():
+        close(compiled(model, inner)(x), model(x))

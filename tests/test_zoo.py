@@ -64,6 +64,24 @@ def test_lossless_packing_changes_nothing(name: str) -> None:
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", list(ZOO))
+def test_graph_passes_change_nothing(name: str) -> None:
+    """What dynamo makes of the packed model, after every pass, beside the packed model itself."""
+    example = ZOO[name]()
+    inputs = dict(example.kwargs) if example.kwargs else example.args
+    torch._dynamo.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packed = sparsefx.sparsify(example.model, "int8", example_inputs=inputs)
+        want = _floats(packed(*example.args, **example.kwargs))
+        run = torch.compile(packed, backend="sparsefx", options={"inner": "eager"})
+        got = _floats(run(*example.args, **example.kwargs))
+    assert len(got) == len(want)
+    for x, y in zip(want, got, strict=True):
+        # Merged and fused products sum in another order; norms and activations are another code.
+        torch.testing.assert_close(y, x, rtol=1e-3, atol=2e-4)
+
+
 def _floats(outputs: Any) -> list[Tensor]:
     leaves = tree_leaves(outputs)
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
