@@ -257,7 +257,8 @@ class Mapped(nn.Module):
         self.fc = nn.Linear(K, N)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.func.vmap(lambda row: row.sin() * row.sum())(self.fc(x))
+        out: Tensor = torch.func.vmap(lambda row: row.sin() * row.sum())(self.fc(x))
+        return out
 
 
 @pytest.mark.parametrize("inner", INNER)
