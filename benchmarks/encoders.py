@@ -26,7 +26,6 @@ from rich.table import Table
 from sparsefx.codegen.crossover import processor
 
 RESULTS = Path(__file__).parent / "results" / "encoders.json"
-RECOVERY = {"epochs": 5, "scale_epochs": 1, "learning_rate": 0.01, "whole_epochs": 3}
 _ENCODER = {"bitmap@50%+int4g128": 0.01, "2:4+int8": 0.02, "tile16x1@50%+int4g128": 0.04}
 LIMITS: dict[str, dict[str, float | None]] = {
     "minilm": {**_ENCODER},
@@ -35,10 +34,34 @@ LIMITS: dict[str, dict[str, float | None]] = {
 }
 """Model → format → the most that the headline figure may fall after recovery, as a share of dense;
 None is no limit."""
-BATCHES = {"minilm": 36, "antiberty": 20, "efficientnet": 10}
-"""Calibration batches, of 64 sentences, of 16 sequences and of 15 crops."""
-SPLIT = {"antiberty": 4}
-"""Parts that a batch is trained on in: as many more steps from the same data."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a row is calibrated on and, where it is recovered, how it is trained."""
+
+    batches: int
+    """Of 64 sentences, of 16 sequences, of 15 crops."""
+    parts: int = 1
+    """Parts that a batch is trained on in: as many more steps from the same data."""
+    epochs: int = 5
+    whole_epochs: int = 3
+
+    @property
+    def recovery(self) -> dict[str, float]:
+        """The spec's field."""
+        own = {"epochs": self.epochs, "whole_epochs": self.whole_epochs}
+        return {"scale_epochs": 1, "learning_rate": 0.01, **own}
+
+
+TRAINING = {
+    "minilm": Training(36),
+    "minilm tile16x1@50%+int4g128 recovered": Training(144, 4, 2, 4),
+    "antiberty": Training(20, 4, 2, 2),
+    "antiberty tile16x1@50%+int4g128 recovered": Training(88, 2, 2, 6),
+    "efficientnet": Training(10),
+}
+"""By model; by the row's name where that needs more."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,11 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.model} {self.format}" + " recovered" * self.recovered
+
+    @property
+    def training(self) -> Training:
+        """Its own, or its model's."""
+        return TRAINING.get(self.name, TRAINING[self.model])
 
     @property
     def limit(self) -> str:
@@ -69,15 +97,16 @@ def measure(row: Row) -> dict[str, Any]:
     from sparsefx.models import MODELS
     from sparsefx.runtime.install import packed_modules
 
-    bundle, parts = MODELS[row.model](), SPLIT.get(row.model, 1)
+    bundle, training = MODELS[row.model](), row.training
+    parts = training.parts if row.recovered else 1
     batches = [
         dict(zip(whole, part, strict=True))
-        for whole in bundle.calibration(BATCHES[row.model])
+        for whole in bundle.calibration(training.batches)
         for part in zip(*(t.chunk(parts) for t in whole.values()), strict=True)
     ]
     dense = bundle.metric(bundle.model)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    spec = {"format": row.format} | ({"recovery": RECOVERY} if row.recovered else {})
+    spec = {"format": row.format} | ({"recovery": training.recovery} if row.recovered else {})
     start = time.perf_counter()
     model = sparsefx.sparsify(
         bundle.model, spec, example_inputs=bundle.example_inputs,

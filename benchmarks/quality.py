@@ -49,9 +49,10 @@ def _one_shot(text: str, limit: float | None = None, sequences: int = 16, **spec
     return Row(name, {"format": text, **spec}, limit, sequences)
 
 
-def _recovered(text: str, limit: float, sequences: int = 64) -> Row:
+def _recovered(text: str, limit: float, sequences: int = 64, **more: int) -> Row:
+    recovery = {**SHORT, **more}
     return Row(
-        f"{text} recovered", {"format": text, "recovery": SHORT}, limit, sequences, long=True
+        f"{text} recovered", {"format": text, "recovery": recovery}, limit, sequences, long=True
     )
 
 
@@ -75,7 +76,7 @@ ROWS = (
     _one_shot(SPARSE4, ratios="sensitivity"),
     _one_shot(SPARSE4, smooth=True),
     _recovered(SPARSE4, 1.25),
-    _recovered("2:4+int4g128", 1.45),
+    _recovered("2:4+int4g128", 1.45, whole_epochs=2),
     _recovered("tile16x1@25%+int4g128+r32", 1.3),
     _recovered("tile16x1@50%+int4g128+r32", 2.2, 32),
 )
