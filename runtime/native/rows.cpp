@@ -73,6 +73,17 @@ int add(const sfx_branch &branch, const Run &run, const sfx_call &call, int32_t 
   return 0;
 }
 
+// `add`, with no exception to leave a worker.
+int guarded(const sfx_branch &branch, const Run &run, const sfx_call &call, int32_t threads,
+            char *error) {
+  try {
+    return add(branch, run, call, threads, error);
+  } catch (const std::bad_alloc &) {
+    std::snprintf(error, SFX_ERROR, "out of memory");
+    return 1;
+  }
+}
+
 int add_all(const sfx_branch *branches, const int32_t *which, int64_t batch, const sfx_call &call,
             char *error) {
   thread_local std::vector<Run> kept;
@@ -95,8 +106,10 @@ int add_all(const sfx_branch *branches, const int32_t *which, int64_t batch, con
         std::memcpy(static_cast<char *>(call.y) + from,
                     static_cast<const char *>(call.residual) + from,
                     (run.last - run.first) * n * size);
-      else if (add(branches[run.which], run, call, workers == 1 ? call.threads : 1, error))
-        failed = 1;
+      else if (char why[SFX_ERROR];
+               guarded(branches[run.which], run, call, workers == 1 ? call.threads : 1, why) &&
+               !failed.exchange(1))
+        std::memcpy(error, why, SFX_ERROR); // of the first one only: others fail at the same time
     }
   });
   return failed;
