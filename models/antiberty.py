@@ -29,6 +29,8 @@ GERMLINES = Asset(
     sha256="95a13463e2620b8037bf7ea67ecdf9ec6f8a8f973c5658f3c54126e9e36f3452",
 )
 _EVALUATED, _BATCH, _MASKED = 128, 16, 0.15
+_MASKINGS = 4
+"""How often a sequence may be calibrated on, with other residues masked each time."""
 
 
 def load() -> Bundle:
@@ -40,10 +42,15 @@ def load() -> Bundle:
 
     def calibration(count: int) -> list[dict[str, Tensor]]:
         others = human if count * _BATCH <= len(human) else human + animals
-        if not 0 < count <= len(others) // _BATCH:
-            raise ValueError(f"{count} batches asked, there are 1 to {len(others) // _BATCH}")
-        parts = [others[i::count][:_BATCH] for i in range(count)]
-        return [inputs for part in parts for inputs, _ in _masked_batches(vocabulary, part)]
+        most = len(others) // _BATCH
+        if not 0 < count <= most * _MASKINGS:
+            raise ValueError(f"{count} batches asked, there are 1 to {most * _MASKINGS}")
+        each = -(-count // -(-count // most))  # batches of one masking
+        return [
+            inputs
+            for i in range(count)
+            for inputs, _ in _masked_batches(vocabulary, others[i % each :: each][:_BATCH], i // each)
+        ]
 
     axes = {0: "batch", 1: "length"}
     example = {name: value[:2, :32] for name, value in batches[0][0].items()}
@@ -122,10 +129,10 @@ def _regions(table: Mapping[str, Any], species: str) -> Iterator[tuple[str, str]
 
 
 def _masked_batches(
-    vocabulary: Vocabulary, sequences: list[str]
+    vocabulary: Vocabulary, sequences: list[str], seed: int = 0
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Yield (inputs with 15% of the residues masked, the residues there or -1 elsewhere)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(sequences), _BATCH):
         rows = [vocabulary.encode(sequence) for sequence in sequences[start : start + _BATCH]]
         true = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

@@ -141,6 +141,16 @@ def test_minilm_calibrates_on_docstrings_where_topics_do_not_reach() -> None:
     assert len(many) > 0.95 * 36 * 64
 
 
+def test_antiberty_masks_a_sequence_elsewhere_when_its_turn_comes_again() -> None:
+    bundle = loaded("antiberty")
+    batches = [batch["input_ids"] for batch in bundle.calibration(180)]
+    first, again = batches[0], batches[90]
+    mask = 4  # of its vocabulary
+    seen = (first != mask) & (again != mask)
+    assert torch.equal(first[seen], again[seen])
+    assert 0.1 < float((first == mask).float().mean()) < 0.2
+
+
 def test_a_source_of_another_python_has_no_docstrings(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text('"""Old."""\nprint "2"\n')
     (tmp_path / "b.py").write_text('"""Module."""\ndef f():\n    "Function."\nclass C: x = "no"\n')
