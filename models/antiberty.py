@@ -46,11 +46,8 @@ def load() -> Bundle:
         if not 0 < count <= most * _MASKINGS:
             raise ValueError(f"{count} batches asked, there are 1 to {most * _MASKINGS}")
         each = -(-count // -(-count // most))  # batches of one masking
-        return [
-            inputs
-            for i in range(count)
-            for inputs, _ in _masked_batches(vocabulary, others[i % each :: each][:_BATCH], i // each)
-        ]
+        parts = [(others[i % each :: each][:_BATCH], i // each) for i in range(count)]
+        return [inputs for part in parts for inputs, _ in _masked_batches(vocabulary, *part)]
 
     axes = {0: "batch", 1: "length"}
     example = {name: value[:2, :32] for name, value in batches[0][0].items()}
