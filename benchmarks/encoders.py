@@ -30,7 +30,7 @@ _ENCODER = {"bitmap@50%+int4g128": 0.01, "2:4+int8": 0.02, "tile16x1@50%+int4g12
 LIMITS: dict[str, dict[str, float | None]] = {
     "minilm": {**_ENCODER},
     "antiberty": {**_ENCODER},
-    "efficientnet": {"bitmap@50%+int8": None, "2:4+int8": None, "int4g32": None},
+    "efficientnet": dict.fromkeys(("bitmap@50%+int8", "2:4+int8", "int4g32", "int8")),
 }
 """Model → format → the most that the headline figure may fall after recovery, as a share of dense;
 None is no limit."""
@@ -56,6 +56,7 @@ class Training:
 
 TRAINING = {
     "minilm": Training(36),
+    "minilm 2:4+int8 recovered": Training(36, 4, 2, 4),
     "minilm tile16x1@50%+int4g128 recovered": Training(144, 4, 2, 4),
     "antiberty": Training(20, 4, 2, 2),
     "antiberty tile16x1@50%+int4g128 recovered": Training(88, 2, 2, 6),
