@@ -59,7 +59,7 @@ TRAINING = {
     "minilm 2:4+int8 recovered": Training(36, 4, 2, 4),
     "minilm tile16x1@50%+int4g128 recovered": Training(144, 4, 2, 4),
     "antiberty": Training(20, 4, 2, 2),
-    "antiberty tile16x1@50%+int4g128 recovered": Training(88, 2, 2, 6),
+    "antiberty tile16x1@50%+int4g128 recovered": Training(176, 2, 1, 3),
     "efficientnet": Training(10),
 }
 """By model; by the row's name where that needs more."""
