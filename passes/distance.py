@@ -63,19 +63,30 @@ class Distance:
 def judged(outputs: Any, batch: Any) -> tuple[Tensor, bool]:
     """The output that counts as float32 rows (T, V), and whether these are logits.
 
-    It is the one called `logits`, else the first of floats. Rows that the batch's `attention_mask`
-    (B, L) masks are left out. Raises WeightError where there is none.
+    Rows that the batch's `attention_mask` (B, L) masks are left out. Raises WeightError.
+    """
+    y, logits = counted(outputs)
+    if y.dim() == 3:
+        y = without_padding(y, kept_tokens(split_inputs(batch)[1]))
+    return y.reshape(-1, y.shape[-1]).float(), logits
+
+
+def counted(outputs: Any) -> tuple[Tensor, bool]:
+    """The output that a model is judged by, and whether it is logits over at least two classes.
+
+    It is the one called `logits`, else the first of floats. Raises WeightError where there is none.
     """
     named = outputs.get("logits") if isinstance(outputs, Mapping) else None
     named = getattr(outputs, "logits", None) if named is None else named
     floats = (t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point())
-    y = named if isinstance(named, Tensor) else next(floats, None)
+    named = named if isinstance(named, Tensor) else None
+    y = next(floats, None) if named is None else named
     if y is None or y.dim() == 0:
-        raise WeightError("'auto' compares float outputs; the model returns none: give loss=…")
-    if y.dim() == 3:
-        y = without_padding(y, kept_tokens(split_inputs(batch)[1]))
-    rows = y.reshape(-1, y.shape[-1]).float()
-    return rows, named is not None
+        raise WeightError(
+            f"the model's output, a {type(outputs).__name__}, holds no float rows to compare with "
+            "the dense model's: return a tensor, or with 'auto' give loss=…"
+        )
+    return y, named is not None and y.shape[-1] > 1
 
 
 def narrow(batches: Iterable[Any], rows: int) -> Iterator[Any]:

@@ -1,13 +1,13 @@
 """Recovery of the whole model: train what is kept until the outputs are the dense model's again.
 
-The dense model's outputs are recorded before it is compressed, so no second model is held: for
-language models the likeliest tokens' log-probabilities (Hinton et al., arXiv 1503.02531), for
-others the first output tensor. The model's own parameters are what trains, in place.
+The dense model's outputs are recorded before it is compressed, so no second model is held: of
+`logits` the likeliest tokens' log-probabilities (Hinton et al., arXiv 1503.02531), of others the
+first output tensor. The model's own parameters are what trains, in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 from sparsefx.ir.capture import split_inputs
 from sparsefx.passes.compress_site import Result, Step
+from sparsefx.passes.distance import counted
 from sparsefx.passes.latent import Latent
 from sparsefx.passes.padding import Kept, kept_tokens, mean_over_tokens
 from sparsefx.passes.spec import Recovery
 from sparsefx.passes.training import fast_bf16, size_of, train
 
 LIKELIEST = 64
-"""Tokens per position whose probabilities are kept; the rest count as one."""
+"""Tokens or classes per position whose probabilities are kept; the rest count as one."""
 HELD_BACK = 16
 """One batch of so many is not trained on: what decides whether training is kept."""
 
@@ -34,14 +35,14 @@ class Output:
     """The dense model's answer to one batch."""
 
     values: Tensor
-    """float16 log-probabilities (…, LIKELIEST), or the output itself."""
+    """float16 log-probabilities (…, at most LIKELIEST), or the output itself."""
     tokens: Tensor | None
     """int32 ids that go with log-probabilities."""
     kept: Kept
 
     def distance(self, output: Any) -> Tensor:
         """KL divergence per token, or the squared error relative to the output's power."""
-        found = tensor_of(output).float()
+        found = counted(output)[0].float()
         if self.tokens is None:
             power = self.values.float().square().sum(-1).clamp(min=1e-12)
             error = (found - self.values.float()).square().sum(-1) / power
@@ -53,17 +54,6 @@ class Output:
         return mean_over_tokens(inside + rest[0] * (rest[0] / rest[1]).log(), self.kept)
 
 
-def tensor_of(output: Any) -> Tensor:
-    """`.logits`, or the first tensor of what a model returned."""
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else None
-    if isinstance(logits, Tensor):
-        return logits
-    values = output.values() if isinstance(output, Mapping) else output
-    return next(value for value in values if isinstance(value, Tensor))
-
-
 def record(model: nn.Module, batches: Sequence[Any]) -> list[Output]:
     """The dense model's Output of every batch."""
     return [_record(model, batch) for batch in batches]
@@ -72,10 +62,9 @@ def record(model: nn.Module, batches: Sequence[Any]) -> list[Output]:
 @torch.no_grad()
 def _record(model: nn.Module, batch: Any) -> Output:
     args, kwargs = split_inputs(batch)
-    output = model(*args, **kwargs)
-    found, kept = tensor_of(output), kept_tokens(kwargs)
-    if not isinstance(output, Tensor) and "logits" in output and found.shape[-1] > LIKELIEST:
-        best = found.float().log_softmax(-1).topk(LIKELIEST)
+    (found, logits), kept = counted(model(*args, **kwargs)), kept_tokens(kwargs)
+    if logits:
+        best = found.float().log_softmax(-1).topk(min(LIKELIEST, found.shape[-1]))
         return Output(best.values.half(), best.indices.int(), kept)
     return Output(found.clone(), None, kept)
 
