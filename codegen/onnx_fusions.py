@@ -1,6 +1,7 @@
 """Rewrites of an ONNX graph: what torch.onnx leaves behind, forms that ONNX Runtime knows.
 
-All are exact but `_divide`, which rounds once where torch's `rsqrt` rounds twice.
+All are exact but `_divide`, which rounds once where torch's `rsqrt` rounds twice, and `_halve_last`
+where a number is below the smallest normal one.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ def rewrite(model: ir.Model, keep: Collection[str]) -> None:
         for value in node.outputs:
             value.meta[KEPT] = value.name in keep
     for node in list(model.graph):
-        rule = RULES.get(node.op_type) if node.domain == "" else None
-        if rule is not None:
+        for rule in RULES.get(node.op_type, ()) if node.domain == "" else ():
             rule(node)
     passes.RemoveUnusedNodesPass()(model)
 
@@ -44,6 +44,31 @@ def _divide(node: ir.Node) -> None:
         quotient = ir.node("Div", [node.inputs[1 - i], root.outputs[0]])
         _put(node, quotient)
         return
+
+
+def _halve_last(node: ir.Node) -> None:
+    """x · (½ · (1 + erf)) becomes (x · (1 + erf)) · ½: so ONNX Runtime finds GELU."""
+    import onnx_ir as ir
+
+    for i, value in enumerate(node.inputs):
+        inner = _source(value, "Mul")
+        if inner is None or len(inner.outputs[0].uses()) > 1:
+            continue
+        for j, half in enumerate(inner.inputs):
+            shifted = _source(inner.inputs[1 - j], "Add")
+            if _is_half(half) and shifted is not None and _source(shifted.inputs[0], "Erf"):
+                product = ir.node("Mul", [node.inputs[1 - i], shifted.outputs[0]])
+                product.outputs[0].type = node.outputs[0].type
+                product.outputs[0].shape = node.outputs[0].shape
+                assert node.graph is not None
+                node.graph.insert_before(node, product)
+                _put(node, ir.node("Mul", [product.outputs[0], half]))
+                return
+
+
+def _is_half(value: ir.Value | None) -> bool:
+    constant = None if value is None else value.const_value
+    return constant is not None and constant.size == 1 and constant.numpy().item() == 0.5
 
 
 def _untranspose(node: ir.Node) -> None:
@@ -79,10 +104,10 @@ def _literal(node: ir.Node) -> bool:
     return allow is not None and allow.as_int() == 1
 
 
-RULES: Mapping[str, Callable[[ir.Node], None]] = {
-    "Mul": _divide,
-    "Transpose": _untranspose,
-    "Reshape": _reshape_once,
+RULES: Mapping[str, tuple[Callable[[ir.Node], None], ...]] = {
+    "Mul": (_divide, _halve_last),
+    "Transpose": (_untranspose,),
+    "Reshape": (_reshape_once,),
 }
 
 

@@ -22,6 +22,7 @@ from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
 from sparsefx.codegen.onnx_adapters import add_slots
 from sparsefx.codegen.onnx_fusions import in_place, rewrite
 from sparsefx.codegen.onnx_inputs import Inputs
+from sparsefx.codegen.onnx_norms import engine_norms
 from sparsefx.codegen.onnx_program import closed, opened
 from sparsefx.ir import fused as meaning
 from sparsefx.ir import norm, rotary
@@ -133,6 +134,7 @@ def export_call(
         renamed = dict(zip(before, (value.name for value in model.graph.outputs), strict=True))
         rows = [replace(row, output=renamed.get(row.output) or row.output) for row in rows]
         add_slots(model, rows, adapters, prefix)
+        engine_norms(model)
         if inline:
             in_place(model)
         try:

@@ -34,12 +34,18 @@ def made(m: int, k: int, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]
 
 
 def assert_norm(args: list[Any], eps: float, centred: bool) -> None:
-    """Within what rounding explains of float64: a mean and a sum of squares of k numbers, each
-    rounded once per number at most, the root and four operations.
-    """
     x, residual, weight, bias = args
     y, s = NORM(x, residual, weight, bias, eps, centred, True)
     assert torch.equal(s, x + residual)
+    assert_normalised(y, s, weight, bias, eps, centred)
+
+
+def assert_normalised(
+    y: Tensor, s: Tensor, weight: Tensor, bias: Tensor, eps: float, centred: bool
+) -> None:
+    """Within what rounding explains of float64: a mean and a sum of squares of k numbers, each
+    rounded once per number at most, the root and four operations.
+    """
     exact = s.double()
     k, u = max(s.shape[-1], 1), 2.0**-24
     centre = exact.mean(-1, keepdim=True) if centred else torch.zeros(s.shape[0], 1).double()
@@ -49,7 +55,7 @@ def assert_norm(args: list[Any], eps: float, centred: bool) -> None:
     off = (k + 2) * u * exact.abs().mean(-1, keepdim=True) if centred else 0.0
     far = off / root * (1 + straight.abs())
     limit = (k + 8) * u * (straight * weight).abs() + 2 * far * weight.double().abs()
-    limit = UNIT[x.dtype] * want.abs() + 2 * (limit + u * bias.double().abs()) + 1e-7
+    limit = UNIT[s.dtype] * want.abs() + 2 * (limit + u * bias.double().abs()) + 1e-7
     assert ((y.double() - want).abs() <= limit).all()
 
 

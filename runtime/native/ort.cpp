@@ -1,133 +1,22 @@
-// The node `sparsefx::Linear` for ONNX Runtime: a custom-op library inside the engine's own.
-//
-// Inputs: x (…, k) float32; the stored buffers, constant; down, up and branch_scale where `branch`;
-// bias where `biased`. Output: y (…, n) float32. The weight is packed when the session is created;
-// so are down and up where they are constant, else for every run (adapters may be swapped).
-#include <algorithm>
-#include <atomic>
-#include <cstdio>
-#include <exception>
+// The nodes `sparsefx::Linear` and `sparsefx::Norm` for ONNX Runtime: a custom-op library inside the
+// engine's own.
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
-#include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "floats.h"
-#include "ort_api.h"
-#include "unpack.h"
+#include "ort_node.h"
 #include "weight.h"
 
 namespace sfx {
 namespace {
 
-[[noreturn]] void refuse(const std::string &why) { throw std::invalid_argument(why); }
+using node::Input;
+using node::refuse;
+using node::Tensor;
 
-// Runs body; what it throws becomes a status. Nothing may be thrown into ONNX Runtime.
-template <class Body> ort::Status *guarded(ort::Api api, const std::string &who, Body &&body) {
-  const char *why = "unknown error";
-  char text[1024];
-  try {
-    body();
-    return nullptr;
-  } catch (const std::bad_alloc &) {
-    why = "out of memory";
-  } catch (const std::exception &error) {
-    std::snprintf(text, sizeof text, "%s", error.what());
-    why = text;
-  } catch (...) {
-  }
-  char full[1400];
-  std::snprintf(full, sizeof full, "sparsefx::Linear %.300s: %s", who.c_str(), why);
-  return ort::create_status(api, ort::kFail, full);
-}
-
-// --- reading a node ------------------------------------------------------------------------------
-
-// A tensor as it lies in memory.
-struct Tensor {
-  std::vector<int64_t> dims;
-  Stored stored;
-};
-
-int type_of(int element) {
-  switch (element) {
-  case ort::kFloat: return SFX_F32;
-  case ort::kFloat16: return SFX_F16;
-  case ort::kBfloat16: return SFX_BF16;
-  case ort::kUint8: return SFX_CODE;
-  default: return -1;
-  }
-}
-
-Tensor tensor(ort::Api api, const ort::Value *value) {
-  ort::Shape *raw = nullptr;
-  ort::must(api, ort::tensor_shape(api, value, &raw));
-  const auto release = [api](ort::Shape *s) { ort::release_shape(api, s); };
-  const std::unique_ptr<ort::Shape, decltype(release)> shape(raw, release);
-  int element = ort::kUndefined;
-  size_t rank = 0;
-  ort::must(api, ort::element_type(api, raw, &element));
-  ort::must(api, ort::dimensions_count(api, raw, &rank));
-  Tensor out{std::vector<int64_t>(rank), {nullptr, 1, type_of(element)}};
-  ort::must(api, ort::dimensions(api, raw, out.dims.data(), rank));
-  for (const int64_t side : out.dims) out.stored.count *= side;
-  void *data = nullptr;
-  // No text is asked for its bytes: that is an error of its own.
-  if (out.stored.type >= 0)
-    ort::must(api, ort::tensor_data(api, const_cast<ort::Value *>(value), &data));
-  out.stored.data = data;
-  return out;
-}
-
-bool flag(ort::Api api, const ort::Info *info, const char *name) {
-  const int64_t value = ort::read_integer(api, info, name);
-  if (value != 0 && value != 1) refuse(std::string(name) + " must be 0 or 1");
-  return value == 1;
-}
-
-// --- threads -------------------------------------------------------------------------------------
-
-struct Pool {
-  ort::Api api;
-  const ort::Context *context;
-};
-struct Loop {
-  sfx_body body;
-  void *context;
-  std::atomic<bool> failed{false};
-};
-
-// The interface does not say how many threads a session has. More tasks than threads do no harm.
-int32_t most_tasks() {
-  static const unsigned threads = std::thread::hardware_concurrency();
-  return static_cast<int32_t>(std::clamp(threads, 1u, 32u));
-}
-
-void one_task(void *user, size_t i) {
-  Loop &loop = *static_cast<Loop *>(user);
-  try {
-    loop.body(loop.context, static_cast<int64_t>(i));
-  } catch (...) { // only memory can be missing
-    loop.failed = true;
-  }
-}
-
-void share_out(void *pool, sfx_body body, void *context, int64_t count) {
-  if (count <= 0) return;
-  const Pool &p = *static_cast<Pool *>(pool);
-  Loop loop;
-  loop.body = body;
-  loop.context = context;
-  const size_t total = static_cast<size_t>(count);
-  ort::must(p.api, ort::parallel_for(p.api, p.context, one_task, total, 0, &loop));
-  if (loop.failed) throw std::bad_alloc();
-}
-
-// --- the kernel ----------------------------------------------------------------------------------
+// --- products ------------------------------------------------------------------------------------
 
 struct Free {
   void operator()(sfx_weight *w) const { sfx_free(w); }
@@ -141,30 +30,8 @@ Held packed(const sfx_source &source) {
   return out;
 }
 
-std::string sides(const std::vector<int64_t> &dims) {
-  std::string out = "(";
-  for (const int64_t side : dims) out += (out.size() > 1 ? ", " : "") + std::to_string(side);
-  return out + ")";
-}
-
-// What the messages call an input.
-struct Input {
-  size_t index;
-  std::string name;
-  std::string text() const { return "input " + std::to_string(index) + " (" + name + ")"; }
-};
-
-// Floats of these sides; a side of -1 may be any.
-void demand(const Input &input, const Tensor &t, const std::vector<int64_t> &want) {
-  if (t.stored.type < SFX_F32 || t.stored.type > SFX_BF16)
-    refuse(input.text() + " must be float32, float16 or bfloat16");
-  bool fits = t.dims.size() == want.size();
-  for (size_t i = 0; fits && i < want.size(); ++i) fits = want[i] < 0 || want[i] == t.dims[i];
-  if (!fits) refuse(input.text() + " has shape " + sides(t.dims) + ", not " + sides(want));
-}
-
 Held pack_floats(const Input &input, const Tensor &t, const std::vector<int64_t> &want) {
-  demand(input, t, want);
+  node::demand(input, t, want);
   sfx_source source{};
   source.n = t.dims[0];
   source.k = t.dims[1];
@@ -174,59 +41,49 @@ Held pack_floats(const Input &input, const Tensor &t, const std::vector<int64_t>
   return packed(source);
 }
 
-// A vector as float32, converted into `room` unless it is already.
-const float *floats(const Tensor &t, std::vector<float> &room) {
-  if (t.stored.type == SFX_F32) return static_cast<const float *>(t.stored.data);
-  room.resize(t.stored.count);
-  read(room.data(), t.stored.data, 0, t.stored.count, t.stored.type);
-  return room.data();
-}
-
+// Inputs: x (…, k) float32; the stored buffers, constant; down, up and branch_scale where `branch`;
+// bias where `biased`. Output: y (…, n) float32. The weight is packed when the session is created;
+// so are down and up where they are constant, else for every run (adapters may be swapped).
 // Immutable once it is created: several runs may share it.
 class Linear {
 public:
-  Linear(ort::Api api, const ort::Info *info, const std::string &who) : who_(who), api_(api) {
+  static constexpr const char *kOp = "Linear";
+  static constexpr int kResults = ort::kRequired;
+  static std::string describe(ort::Api api, const ort::Info *info) {
+    return ort::describe(api, info) + " of format '" + ort::read_string(api, info, "format") + "'";
+  }
+
+  Linear(ort::Api api, const ort::Info *info) : api_(api) {
     Form form{};
     form.n = n_ = ort::read_integer(api, info, "n");
     form.k = k_ = ort::read_integer(api, info, "k");
     form.layout = ort::read_integers(api, info, "layout");
     form.codec = ort::read_integers(api, info, "codec");
     form.a8_group = ort::read_integer(api, info, "a8_group");
-    a8_ = flag(api, info, "a8");
+    a8_ = node::flag(api, info, "a8");
     const std::vector<std::string> names = buffers(form);
     if (a8_ && !form.integers()) refuse("a8 needs a codec of integers");
     if (!a8_) form.a8_group = 0;
     const size_t after = 1 + names.size();
-    branch_ = flag(api, info, "branch") ? after : 0;
-    bias_ = flag(api, info, "biased") ? after + (branch_ ? 3 : 0) : 0;
-    const size_t want = after + (branch_ ? 3 : 0) + (bias_ ? 1 : 0);
-    size_t count = 0;
-    ort::must(api, ort::input_count(api, info, &count));
-    if (count != want)
-      refuse("it has " + std::to_string(count) + " inputs, not " + std::to_string(want));
+    branch_ = node::flag(api, info, "branch") ? after : 0;
+    bias_ = node::flag(api, info, "biased") ? after + (branch_ ? 3 : 0) : 0;
+    node::demand_inputs(api, info, after + (branch_ ? 3 : 0) + (bias_ ? 1 : 0));
     pack_weight(info, form, names);
     if (branch_) pack_branch(info);
   }
 
-  ort::Api api() const { return api_; }
-  const std::string &who() const { return who_; }
-
   void run(ort::Context *context) const {
-    const Input first{0, "x"};
-    const Tensor x = input(context, first);
-    if (x.stored.type != SFX_F32) refuse(first.text() + " must be float32");
-    if (x.dims.empty() || x.dims.back() != k_)
-      refuse(first.text() + " has shape " + sides(x.dims) + ", not (…, " + std::to_string(k_) +
+    const Tensor x = node::first_input(api_, context);
+    if (x.dims.back() != k_)
+      refuse("input 0 (x) has shape " + node::sides(x.dims) + ", not (…, " + std::to_string(k_) +
              ")");
     std::vector<int64_t> dims = x.dims;
     dims.back() = n_;
-    ort::Value *value = nullptr;
-    ort::must(api_, ort::output(api_, context, 0, dims.data(), dims.size(), &value));
     sfx_call call{};
+    call.y = node::result(api_, context, 0, dims);
     call.m = 1;
     for (size_t i = 0; i + 1 < dims.size(); ++i) call.m *= dims[i];
     if (!call.m || !n_) return;
-    ort::must(api_, ort::tensor_data(api_, value, &call.y));
     call.x = x.stored.data;
     call.x_stride = k_;
     call.y_stride = n_;
@@ -236,7 +93,6 @@ public:
   }
 
 private:
-  std::string who_;
   ort::Api api_;
   int64_t n_, k_;
   bool a8_;
@@ -257,7 +113,7 @@ private:
       const Input input{stored.size() + 1, name};
       const ort::Value *value = constant(info, input.index);
       if (!value) refuse(input.text() + " must be a constant initializer");
-      stored.push_back(tensor(api_, value).stored);
+      stored.push_back(node::tensor(api_, value).stored);
     }
     Unpacked unpacked;
     unpack(form, stored, unpacked);
@@ -268,22 +124,14 @@ private:
   Input up_input() const { return {branch_ + 1, "up"}; }
   void pack_branch(const ort::Info *info) {
     if (const ort::Value *value = constant(info, branch_))
-      down_ = pack_floats(down_input(), tensor(api_, value), {-1, k_});
+      down_ = pack_floats(down_input(), node::tensor(api_, value), {-1, k_});
     if (const ort::Value *value = constant(info, branch_ + 1))
-      up_ = pack_floats(up_input(), tensor(api_, value), {n_, down_ ? down_->n : -1});
+      up_ = pack_floats(up_input(), node::tensor(api_, value), {n_, down_ ? down_->n : -1});
   }
 
-  Tensor input(const ort::Context *context, const Input &which) const {
-    const ort::Value *value = nullptr;
-    ort::must(api_, ort::input(api_, context, which.index, &value));
-    if (!value) refuse(which.text() + " is missing");
-    return tensor(api_, value);
-  }
   const float *vector(const ort::Context *context, const Input &which, int64_t size,
                       std::vector<float> &room) const {
-    const Tensor t = input(context, which);
-    demand(which, t, {size});
-    return floats(t, room);
+    return node::vector(api_, context, which, size, room);
   }
 
   // Adds branch and bias to the call; what is made for this run alone lives until it returns.
@@ -291,64 +139,85 @@ private:
     Held down, up;
     std::vector<float> scale_room, bias_room;
     if (branch_) {
-      if (!down_) down = pack_floats(down_input(), input(context, down_input()), {-1, k_});
+      if (!down_) down = pack_floats(down_input(), node::input(api_, context, down_input()), {-1, k_});
       call.down = down_ ? down_.get() : down.get();
       const int64_t rank = call.down->n;
-      if (!up_) up = pack_floats(up_input(), input(context, up_input()), {n_, rank});
+      if (!up_) up = pack_floats(up_input(), node::input(api_, context, up_input()), {n_, rank});
       call.up = up_ ? up_.get() : up.get();
       call.branch_scale = vector(context, {branch_ + 2, "branch_scale"}, rank, scale_room);
     }
     if (bias_) call.bias = vector(context, {bias_, "bias"}, n_, bias_room);
-    Pool pool{api_, context};
-    call.threads = most_tasks();
-    call.parallel = share_out;
+    node::Pool pool{api_, context};
+    call.threads = node::most_tasks();
+    call.parallel = node::share_out;
     call.pool = &pool;
     char error[SFX_ERROR];
     if (sfx_linear(weight_.get(), &call, error)) refuse(error);
   }
 };
 
-// --- the library ---------------------------------------------------------------------------------
+// --- norms ---------------------------------------------------------------------------------------
 
-ort::Status *create(const ort::CustomOp *, ort::Api api, const ort::Info *info, void **kernel) {
-  std::string name;
-  return guarded(api, name, [&] {
-    name = ort::describe(api, info);
-    *kernel = new Linear(api, info, name);
-  });
-}
+// Inputs: x (…, k) float32; residual of its shape where `residual`; weight (k); bias (k) where
+// `biased`. Outputs: y and, where `keep`, the sum, of the shape of x.
+class Norm {
+public:
+  static constexpr const char *kOp = "Norm";
+  static constexpr int kResults = ort::kVariadic;
+  static std::string describe(ort::Api api, const ort::Info *info) {
+    return ort::describe(api, info);
+  }
 
-ort::Status *compute(void *kernel, ort::Context *context) {
-  const Linear &linear = *static_cast<Linear *>(kernel);
-  return guarded(linear.api(), linear.who(), [&] { linear.run(context); });
-}
+  Norm(ort::Api api, const ort::Info *info) : api_(api) {
+    eps_ = ort::read_number(api, info, "eps");
+    centred_ = node::flag(api, info, "centred");
+    residual_ = node::flag(api, info, "residual");
+    biased_ = node::flag(api, info, "biased");
+    keep_ = node::flag(api, info, "keep");
+    if (keep_ && !residual_) refuse("keep needs a residual");
+    node::demand_inputs(api, info, size_t{2} + residual_ + biased_);
+    size_t count = 0;
+    ort::must(api, ort::output_count(api, info, &count));
+    if (count != size_t{1} + keep_) refuse("it has " + std::to_string(count) + " outputs, not " + std::to_string(1 + keep_));
+  }
 
-using Op = const ort::CustomOp *;
-// x, then as many inputs of any type as the attributes say.
-const ort::CustomOp kLinear = {
-    ort::kVersion,
-    [](Op, ort::Api, const ort::Info *) -> void * { return nullptr; },
-    [](Op) { return "Linear"; },
-    [](Op) { return "CPUExecutionProvider"; },
-    [](Op, size_t i) -> int { return i ? ort::kUndefined : ort::kFloat; },
-    [](Op) -> size_t { return 2; },
-    [](Op, size_t) -> int { return ort::kFloat; },
-    [](Op) -> size_t { return 1; },
-    [](void *, ort::Context *) {},
-    [](void *kernel) { delete static_cast<Linear *>(kernel); },
-    [](Op, size_t i) -> int { return i ? ort::kVariadic : ort::kRequired; },
-    [](Op, size_t) -> int { return ort::kRequired; },
-    [](Op, size_t) { return 0; },
-    [](Op) { return 1; },
-    [](Op) { return 0; },
-    [](Op) { return 1; },
-    [](Op) { return 1; },
-    create,
-    compute,
-    nullptr,
-    [](Op) { return 1; },
-    [](Op) { return INT32_MAX; },
+  void run(ort::Context *context) const {
+    const Tensor x = node::first_input(api_, context);
+    std::vector<float> weight, bias;
+    size_t next = 1;
+    sfx_norm_call call{};
+    call.k = x.dims.back();
+    if (residual_) {
+      const Input which{next++, "residual"};
+      const Tensor other = node::input(api_, context, which);
+      node::demand(which, other, x.dims);
+      if (other.stored.type != SFX_F32) refuse(which.text() + " must be float32");
+      call.residual = other.stored.data;
+    }
+    call.weight = node::vector(api_, context, {next++, "weight"}, call.k, weight);
+    if (biased_) call.bias = node::vector(api_, context, {next, "bias"}, call.k, bias);
+    call.y = node::result(api_, context, 0, x.dims);
+    if (keep_) call.sum = node::result(api_, context, 1, x.dims);
+    call.x = x.stored.data;
+    call.m = call.k ? x.stored.count / call.k : 0;
+    call.type = SFX_F32;
+    call.centred = centred_;
+    call.eps = eps_;
+    node::Pool pool{api_, context};
+    call.threads = node::most_tasks();
+    call.parallel = node::share_out;
+    call.pool = &pool;
+    char error[SFX_ERROR];
+    if (sfx_norm(&call, error)) refuse(error);
+  }
+
+private:
+  ort::Api api_;
+  float eps_;
+  bool centred_, residual_, biased_, keep_;
 };
+
+// --- the library ---------------------------------------------------------------------------------
 
 // The domain, one per ONNX Runtime in the process: sessions refer to it for as long as they live.
 ort::Domain *domain(ort::Api api) {
@@ -360,7 +229,8 @@ ort::Domain *domain(ort::Api api) {
   ort::Domain *fresh = nullptr;
   ort::must(api, ort::create_domain(api, "sparsefx", &fresh));
   try {
-    ort::must(api, ort::add_op(api, fresh, &kLinear));
+    for (const ort::CustomOp *op : {&node::Op<Linear>::op, &node::Op<Norm>::op})
+      ort::must(api, ort::add_op(api, fresh, op));
   } catch (...) {
     ort::release_domain(api, fresh);
     throw;
@@ -385,7 +255,7 @@ void enlist(ort::Api api, ort::SessionOptions *options) {
 extern "C" SFX_API ort::Status *RegisterCustomOps(ort::SessionOptions *options,
                                                   const ort::Base *base) {
   if (const ort::Api api = base->get_api(ort::kVersion))
-    return sfx::guarded(api, "registration", [&] { sfx::enlist(api, options); });
+    return sfx::node::guarded(api, "registration", [&] { sfx::enlist(api, options); });
   char text[200];
   std::snprintf(text, sizeof text, "sparsefx needs ONNX Runtime %s or newer, this is %.50s",
                 ort::kOldest, base->version());

@@ -70,8 +70,10 @@ inline constexpr Function<87, Status *(const Info *, const char *name, char *out
 inline constexpr Function<163, Status *(const Info *, const char *name, int64_t *out, size_t *)>
     integers{};
 inline constexpr Function<244, Status *(const Info *, char *out, size_t *)> node_name{};
+inline constexpr Function<85, Status *(const Info *, const char *name, float *)> number{};
 inline constexpr Function<86, Status *(const Info *, const char *name, int64_t *)> integer{};
 inline constexpr Function<230, Status *(const Info *, size_t *)> input_count{};
+inline constexpr Function<231, Status *(const Info *, size_t *)> output_count{};
 inline constexpr Function<249, Status *(const Info *, size_t index, int *is, const Value **)>
     constant_input{};
 
@@ -123,6 +125,11 @@ inline int64_t read_integer(Api api, const Info *info, const char *name) {
   must(api, integer(api, info, name, &out));
   return out;
 }
+inline float read_number(Api api, const Info *info, const char *name) {
+  float out = 0;
+  must(api, number(api, info, name, &out));
+  return out;
+}
 inline std::vector<int64_t> read_integers(Api api, const Info *info, const char *name) {
   size_t size = 0;
   must(api, integers(api, info, name, nullptr, &size));
@@ -142,13 +149,14 @@ template <class Read> std::string read_text(Api api, Read &&read) {
     if (c < ' ' || c > '~') c = '?';
   return out;
 }
-// The node's name and format.
+inline std::string read_string(Api api, const Info *info, const char *name) {
+  return read_text(api, [&](char *to, size_t *size) { return text(api, info, name, to, size); });
+}
+// The node's name.
 inline std::string describe(Api api, const Info *info) {
-  const std::string node =
-      read_text(api, [&](char *to, size_t *size) { return node_name(api, info, to, size); });
-  const std::string format = read_text(
-      api, [&](char *to, size_t *size) { return text(api, info, "format", to, size); });
-  return "'" + node + "' of format '" + format + "'";
+  return "'" + read_text(api, [&](char *to, size_t *size) {
+           return node_name(api, info, to, size);
+         }) + "'";
 }
 
 } // namespace ort
