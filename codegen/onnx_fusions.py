@@ -7,7 +7,7 @@ where a number is below the smallest normal one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,8 +76,7 @@ def _untranspose(node: ir.Node) -> None:
     before = _source(node.inputs[0], "Transpose")
     if before is None:
         return
-    orders = [n.attributes.get("perm") for n in (before, node)]
-    first, second = ([] if order is None else list(order.as_ints()) for order in orders)
+    first, second = (_order(n) or [] for n in (before, node))
     # Without an order both reverse all axes; one that is told and one that is not stay.
     if len(first) == len(second) and [first[i] for i in second] == list(range(len(first))):
         _forget(node, before.inputs[0])
@@ -104,10 +103,63 @@ def _literal(node: ir.Node) -> bool:
     return allow is not None and allow.as_int() == 1
 
 
+def _swap_last(node: ir.Node) -> None:
+    """torch.onnx's transposition of the last two axes, by way of three axes and the sizes of all,
+    is one Transpose, together with one before it."""
+    import onnx_ir as ir
+
+    turned = _source(node.inputs[0], "Transpose")
+    flat = None if turned is None else _source(turned.inputs[0], "Reshape")
+    x = None if flat is None else flat.inputs[0]
+    if turned is None or flat is None or x is None or x.shape is None:
+        return
+    sides = [_sizes(x, shape) for shape in (flat.inputs[1], node.inputs[1])]
+    if _order(turned) != [0, 2, 1] or sides != [[-1, (-2, -1), (-1, None)], SWAPPED]:
+        return
+    order = [*range(x.shape.rank() - 2), x.shape.rank() - 1, x.shape.rank() - 2]
+    before = _source(x, "Transpose")
+    if before is not None and (first := _order(before)) is not None:
+        x, order = before.inputs[0], [first[i] for i in order]
+    _put(node, ir.node("Transpose", [x], {"perm": order}))
+
+
+SWAPPED = [(None, -2), (-1, None), (-2, -1)]
+FARTHEST = 1 << 62
+
+
+def _sizes(x: ir.Value, target: ir.Value | None) -> list[Any] | None:
+    """A Concat of numbers and of parts (first, end) of the shape of `x`."""
+    concat = _source(target, "Concat")
+    return None if concat is None else [_size(x, value) for value in concat.inputs]
+
+
+def _size(x: ir.Value, value: ir.Value | None) -> Any:
+    constant = None if value is None else value.const_value
+    if constant is not None and constant.size == 1:
+        return constant.numpy().item()
+    part = _source(value, "Slice")
+    whole = None if part is None or len(part.inputs) > 3 else _source(part.inputs[0], "Shape")
+    if part is None or whole is None or whole.inputs[0] is not x or _is_part(whole):
+        return None
+    ends = [v.const_value.numpy().item() if v is not None and v.const_value is not None else 0
+            for v in part.inputs[1:]]  # fmt: skip
+    return tuple(None if abs(end) > FARTHEST else end for end in ends)
+
+
+def _is_part(shape: ir.Node) -> bool:
+    start = shape.attributes.get("start")
+    return "end" in shape.attributes or (start is not None and start.as_int() != 0)
+
+
+def _order(node: ir.Node) -> list[int] | None:
+    perm = node.attributes.get("perm")
+    return None if perm is None else list(perm.as_ints())
+
+
 RULES: Mapping[str, tuple[Callable[[ir.Node], None], ...]] = {
     "Mul": (_divide, _halve_last),
     "Transpose": (_untranspose,),
-    "Reshape": (_reshape_once,),
+    "Reshape": (_swap_last, _reshape_once),
 }
 
 

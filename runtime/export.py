@@ -20,6 +20,7 @@ from torch import fx, nn
 from sparsefx.codegen import fused  # noqa: F401  (kernels of the ops)
 from sparsefx.codegen.onnx import Lowered, require_packages, to_onnx
 from sparsefx.codegen.onnx_adapters import add_slots
+from sparsefx.codegen.onnx_attention import fuse_attention
 from sparsefx.codegen.onnx_fusions import in_place, rewrite
 from sparsefx.codegen.onnx_inputs import Inputs
 from sparsefx.codegen.onnx_norms import engine_norms
@@ -137,6 +138,8 @@ def export_call(
         engine_norms(model)
         if inline:
             in_place(model)
+        else:
+            fuse_attention(model)
         try:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
                 draft, data = _write(model, Path(room), target.name)

@@ -16,6 +16,13 @@ from sparsefx.codegen.onnx_fusions import rewrite
 
 Array = np.ndarray[Any, Any]
 X = "float[2, 3, 4] x"
+SWAP = (
+    "s = Shape({x}) a = Slice(s, m2, m1) b = Slice(s, m1, far) l = Slice(s, near, m2) "
+    "f = Concat<axis=0>(m1, {sizes}) r = Reshape({x}, f) t = Transpose<perm=[{order}]>(r) "
+    "g = Concat<axis=0>(l, b, a) z = Reshape(t, g) y = Neg(z)"
+)
+"""As torch.onnx transposes the last two axes of keys, of sizes a and b."""
+SWAPPING = ["Shape", *["Slice"] * 3, *["Concat", "Reshape"] * 2, "Transpose", "Neg"]
 CASES = {
     "a norm": ("r = Sqrt(x) i = Reciprocal(r) y = Mul(x, i)", ["Sqrt", "Div"]),
     "the other way round": ("r = Sqrt(x) i = Reciprocal(r) y = Mul(i, x)", ["Sqrt", "Div"]),
@@ -43,6 +50,22 @@ CASES = {
     "sizes of what was reshaped": (
         "a = Reshape(x, six) b = Reshape(a, copy) y = Neg(b)", ["Reshape", "Reshape", "Neg"],
     ),
+    "GELU": (
+        "e = Erf(x) a = Add(one, e) b = Add(e, one) h = Mul(half, b) y = Mul(x, h)",
+        ["Erf", "Add", "Mul", "Mul"],
+    ),
+    "GELU the other way round": (
+        "e = Erf(x) b = Add(e, one) h = Mul(b, half) y = Mul(h, x)", ["Erf", "Add", "Mul", "Mul"],
+    ),
+    "last axes swapped by way of three": (
+        SWAP.format(x="x", sizes="a, b", order="0, 2, 1"), ["Transpose", "Neg"],
+    ),
+    "swapped behind another order": (
+        "u = Transpose<perm=[1, 2, 0]>(x) " + SWAP.format(x="u", sizes="a, b", order="0, 2, 1"),
+        ["Transpose", "Neg"],
+    ),
+    "all axes turned": (SWAP.format(x="x", sizes="a, b", order="2, 1, 0"), SWAPPING),
+    "sizes the other way round": (SWAP.format(x="x", sizes="b, a", order="0, 2, 1"), SWAPPING),
     "reshaped back": ("a = Reshape(x, six) b = Reshape(a, shape) y = Neg(b)", ["Neg"]),
 }  # fmt: skip
 
@@ -52,7 +75,9 @@ def test_the_graph_computes_the_same_in_fewer_nodes(case: str) -> None:
     body, want = CASES[case]
     constants = (
         "int64[2] six = {6, 4}, int64[1] flat = {24}, int64[3] copy = {0, 2, 2}, "
-        "int64[3] shape = {2, 3, 4}"
+        "int64[3] shape = {2, 3, 4}, float one = {1}, float half = {0.5}, int64[1] m1 = {-1}, "
+        "int64[1] m2 = {-2}, int64[1] far = {9223372036854775807}, "
+        "int64[1] near = {-9223372036854775808}"
     )
     text = (
         f'<ir_version: 10, opset_import: ["" : 18]> g ({X}) => (float y) <{constants}> {{{body}}}'

@@ -109,16 +109,16 @@ class Another(Net):
     """What is no norm of rows that the engine has."""
 
     def forward(self, x: Tensor) -> Any:
-        h = self.fc(x)
+        h, weight = self.fc(x), self.norm.get_parameter("weight")
         if self.how == "another axis":
-            return h * torch.rsqrt(h.pow(2).mean(0, keepdim=True) + 1e-5) * self.norm.weight
+            return h * torch.rsqrt(h.pow(2).mean(0, keepdim=True) + 1e-5) * weight
         if self.how == "inner value read":
             mean = h.pow(2).mean(-1, keepdim=True)
-            return h * torch.rsqrt(mean + 1e-5) * self.norm.weight + mean
+            return h * torch.rsqrt(mean + 1e-5) * weight + mean
         if self.how == "cubes":
-            return h * torch.rsqrt(h.pow(4).mean(-1, keepdim=True) + 1e-5) * self.norm.weight
+            return h * torch.rsqrt(h.pow(4).mean(-1, keepdim=True) + 1e-5) * weight
         if self.how == "another's root":
-            return x * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5) * self.norm.weight
+            return x * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
         if self.how == "weight computed":
             return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5) * x.abs().mean(0)
         return nn.functional.layer_norm(h.view(-1, 4, K // 4), (4, K // 4))
