@@ -39,6 +39,8 @@ class Rms(nn.Module):
 class Net(nn.Module):
     """A product, an addition and a norm behind it, in the ways of `how`."""
 
+    norm: Any
+
     def __init__(self, norm: nn.Module, how: str = "") -> None:
         super().__init__()
         self.fc, self.norm, self.how = nn.Linear(K, K), norm, how
@@ -109,7 +111,7 @@ class Another(Net):
     """What is no norm of rows that the engine has."""
 
     def forward(self, x: Tensor) -> Any:
-        h, weight = self.fc(x), self.norm.get_parameter("weight")
+        h, weight = self.fc(x), self.norm.weight
         if self.how == "another axis":
             return h * torch.rsqrt(h.pow(2).mean(0, keepdim=True) + 1e-5) * weight
         if self.how == "inner value read":
