@@ -12,8 +12,8 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from sparsefx.codegen.onnx import DOMAIN
-from sparsefx.codegen.onnx_fusions import KEPT
 from sparsefx.codegen.onnx_lower import ORT_DOMAIN
+from sparsefx.codegen.onnx_match import KEPT, is_float, is_seen, number, order, own_source, source
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -82,7 +82,7 @@ def _behind(softmax: ir.Node) -> tuple[ir.Value, ir.Node] | None:
     inner, outer = turned.outputs[0].shape, joined.outputs[0].shape
     side_by_side = inner is not None and outer is not None and _joins(outer, inner)
     v = product.inputs[1]
-    return (v, joined) if _order(turned) == HEADS and side_by_side and v is not None else None
+    return (v, joined) if order(turned) == HEADS and side_by_side and v is not None else None
 
 
 def _is_zero_for_nan(where: ir.Node, shares: ir.Value) -> bool:
@@ -90,7 +90,7 @@ def _is_zero_for_nan(where: ir.Node, shares: ir.Value) -> bool:
     node = None if test is None else test.producer()
     return (
         node is not None and node.op_type == "IsNaN" and node.inputs[0] is shares
-        and rest is shares and _number(zero) == 0
+        and rest is shares and number(zero) == 0
     )  # fmt: skip
 
 
@@ -99,46 +99,46 @@ def _scores(softmax: ir.Node) -> tuple[ir.Node | None, ir.Value | None]:
     value = softmax.inputs[0]
     node = None if value is None else value.producer()
     if node is None or node.op_type != "Add":
-        return _made_by(value, "MatMul"), None
+        return own_source(value, "MatMul"), None
     for i, part in enumerate(node.inputs):
-        if (product := _made_by(part, "MatMul")) is not None:
+        if (product := own_source(part, "MatMul")) is not None:
             return product, node.inputs[1 - i]
     return None, None
 
 
 def _fits(mask: ir.Value, q: _Heads, k: _Heads) -> bool:
     """Whether a mask is (batch or 1, heads or 1, rows, keys) and finite."""
-    where = _made_by(mask, "Where", alone=False)
-    levels = [_number(v) for v in where.inputs[1:]] if where is not None else [None]
+    where = source(mask, "Where")
+    levels = [number(v) for v in where.inputs[1:]] if where is not None else [None]
     if any(level is None or not isfinite(level) for level in levels):
         return False
     given, queries, keys = mask.shape, q.rows.shape, k.rows.shape
     if given is None or queries is None or keys is None or given.rank() != 4:
         return False
     wide = given[0] in (1, queries[0]) and given[1] in (1, q.count)
-    return wide and given[2] == queries[1] and given[3] == keys[1] and _is_float(mask)
+    return wide and given[2] == queries[1] and given[3] == keys[1] and is_float(mask)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[float, ir.Value | None]:
     """A number and what it multiplies."""
-    node = _made_by(value, "Mul")
+    node = own_source(value, "Mul")
     for i, factor in enumerate(node.inputs if node is not None else ()):
-        if node is not None and (number := _number(factor)) is not None:
-            return number, node.inputs[1 - i]
+        if node is not None and (known := number(factor)) is not None:
+            return known, node.inputs[1 - i]
     return 1.0, value
 
 
-def _heads(value: ir.Value | None, order: list[int]) -> _Heads | None:
-    """What (batch, rows, heads, size) was before it was cut into heads and turned by `order`."""
-    turned = _made_by(value, "Transpose")
-    cut = _made_by(turned.inputs[0], "Reshape") if turned is not None else None
-    if turned is None or cut is None or _order(turned) != order:
+def _heads(value: ir.Value | None, turns: list[int]) -> _Heads | None:
+    """What (batch, rows, heads, size) was before it was cut into heads and turned by `turns`."""
+    turned = own_source(value, "Transpose")
+    cut = own_source(turned.inputs[0], "Reshape") if turned is not None else None
+    if turned is None or cut is None or order(turned) != turns:
         return None
     rows, apart = cut.inputs[0], cut.outputs[0].shape
     if rows is None or rows.shape is None or apart is None or not _joins(rows.shape, apart):
         return None
     heads = apart[2]
-    return _Heads(rows, heads) if isinstance(heads, int) and _is_float(rows) else None
+    return _Heads(rows, heads) if isinstance(heads, int) and is_float(rows) else None
 
 
 def _joins(joined: ir.Shape, apart: ir.Shape) -> bool:
@@ -151,37 +151,13 @@ def _joins(joined: ir.Shape, apart: ir.Shape) -> bool:
     return known and heads * size == width and all(lead)
 
 
-def _is_float(value: ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.name == "FLOAT"
-
-
-def _made_by(value: ir.Value | None, op: str, alone: bool = True) -> ir.Node | None:
-    """The standard `op` that computes a value; `alone`: which one node reads and nobody else."""
-    node = None if value is None else value.producer()
-    if value is None or node is None or (node.domain, node.op_type) != ("", op):
-        return None
-    seen = value.meta.get(KEPT) or value.is_graph_output() or len(value.uses()) > 1
-    return None if alone and seen else node
-
-
 def _reader(value: ir.Value, op: str) -> ir.Node | None:
     """The only `op` that reads a value; a test for NaN may read it too."""
-    if value.meta.get(KEPT) or value.is_graph_output():
+    if is_seen(value):
         return None
     nodes = {node for node, _ in value.uses() if node.op_type != "IsNaN"}
     node = next(iter(nodes)) if len(nodes) == 1 else None
     return node if node is not None and (node.domain, node.op_type) == ("", op) else None
-
-
-def _order(node: ir.Node) -> list[int] | None:
-    perm = node.attributes.get("perm")
-    return None if perm is None else list(perm.as_ints())
-
-
-def _number(value: ir.Value | None) -> float | None:
-    """The constant's only number."""
-    constant = None if value is None else value.const_value
-    return None if constant is None or constant.size != 1 else float(constant.numpy().item())
 
 
 def _remove(graph: ir.Graph, node: ir.Node) -> None:
@@ -194,4 +170,4 @@ def _remove(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _is_used(node: ir.Node) -> bool:
-    return any(v.uses() or v.is_graph_output() or v.meta.get(KEPT) for v in node.outputs)
+    return any(v.uses() or is_seen(v) for v in node.outputs)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sparsefx.codegen.onnx_match import KEPT, number, order, source
+
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-KEPT = "sparsefx.kept"
 
 
 def rewrite(model: ir.Model, keep: Collection[str]) -> None:
@@ -37,8 +36,8 @@ def _divide(node: ir.Node) -> None:
     import onnx_ir as ir
 
     for i, value in enumerate(node.inputs):
-        inverse = _source(value, "Reciprocal")
-        root = _source(inverse.inputs[0], "Sqrt") if inverse is not None else None
+        inverse = source(value, "Reciprocal")
+        root = source(inverse.inputs[0], "Sqrt") if inverse is not None else None
         if inverse is None or root is None:
             continue
         quotient = ir.node("Div", [node.inputs[1 - i], root.outputs[0]])
@@ -51,12 +50,12 @@ def _halve_last(node: ir.Node) -> None:
     import onnx_ir as ir
 
     for i, value in enumerate(node.inputs):
-        inner = _source(value, "Mul")
+        inner = source(value, "Mul")
         if inner is None or len(inner.outputs[0].uses()) > 1:
             continue
         for j, half in enumerate(inner.inputs):
-            shifted = _source(inner.inputs[1 - j], "Add")
-            if _is_half(half) and shifted is not None and _source(shifted.inputs[0], "Erf"):
+            shifted = source(inner.inputs[1 - j], "Add")
+            if number(half) == 0.5 and shifted is not None and source(shifted.inputs[0], "Erf"):
                 product = ir.node("Mul", [node.inputs[1 - i], shifted.outputs[0]])
                 product.outputs[0].type = node.outputs[0].type
                 product.outputs[0].shape = node.outputs[0].shape
@@ -66,17 +65,12 @@ def _halve_last(node: ir.Node) -> None:
                 return
 
 
-def _is_half(value: ir.Value | None) -> bool:
-    constant = None if value is None else value.const_value
-    return constant is not None and constant.size == 1 and constant.numpy().item() == 0.5
-
-
 def _untranspose(node: ir.Node) -> None:
     """Two transpositions that undo each other are none."""
-    before = _source(node.inputs[0], "Transpose")
+    before = source(node.inputs[0], "Transpose")
     if before is None:
         return
-    first, second = (_order(n) or [] for n in (before, node))
+    first, second = (order(n) or [] for n in (before, node))
     # Without an order both reverse all axes; one that is told and one that is not stay.
     if len(first) == len(second) and [first[i] for i in second] == list(range(len(first))):
         _forget(node, before.inputs[0])
@@ -87,7 +81,7 @@ def _reshape_once(node: ir.Node) -> None:
     target = node.inputs[1]
     constant = None if target is None else target.const_value
     copies = constant is None or 0 in constant.numpy()  # zeros may stand for the input's own sizes
-    before = _source(node.inputs[0], "Reshape")
+    before = source(node.inputs[0], "Reshape")
     if before is not None and (not copies or _literal(node)):
         node.replace_input_with(0, before.inputs[0])
     x, y = node.inputs[0], node.outputs[0]
@@ -108,19 +102,19 @@ def _swap_last(node: ir.Node) -> None:
     is one Transpose, together with one before it."""
     import onnx_ir as ir
 
-    turned = _source(node.inputs[0], "Transpose")
-    flat = None if turned is None else _source(turned.inputs[0], "Reshape")
+    turned = source(node.inputs[0], "Transpose")
+    flat = None if turned is None else source(turned.inputs[0], "Reshape")
     x = None if flat is None else flat.inputs[0]
     if turned is None or flat is None or x is None or x.shape is None:
         return
     sides = [_sizes(x, shape) for shape in (flat.inputs[1], node.inputs[1])]
-    if _order(turned) != [0, 2, 1] or sides != [[-1, (-2, -1), (-1, None)], SWAPPED]:
+    if order(turned) != [0, 2, 1] or sides != [[-1, (-2, -1), (-1, None)], SWAPPED]:
         return
-    order = [*range(x.shape.rank() - 2), x.shape.rank() - 1, x.shape.rank() - 2]
-    before = _source(x, "Transpose")
-    if before is not None and (first := _order(before)) is not None:
-        x, order = before.inputs[0], [first[i] for i in order]
-    _put(node, ir.node("Transpose", [x], {"perm": order}))
+    axes = [*range(x.shape.rank() - 2), x.shape.rank() - 1, x.shape.rank() - 2]
+    before = source(x, "Transpose")
+    if before is not None and (first := order(before)) is not None:
+        x, axes = before.inputs[0], [first[i] for i in axes]
+    _put(node, ir.node("Transpose", [x], {"perm": axes}))
 
 
 SWAPPED = [(None, -2), (-1, None), (-2, -1)]
@@ -129,16 +123,15 @@ FARTHEST = 1 << 62
 
 def _sizes(x: ir.Value, target: ir.Value | None) -> list[Any] | None:
     """A Concat of numbers and of parts (first, end) of the shape of `x`."""
-    concat = _source(target, "Concat")
+    concat = source(target, "Concat")
     return None if concat is None else [_size(x, value) for value in concat.inputs]
 
 
 def _size(x: ir.Value, value: ir.Value | None) -> Any:
-    constant = None if value is None else value.const_value
-    if constant is not None and constant.size == 1:
-        return constant.numpy().item()
-    part = _source(value, "Slice")
-    whole = None if part is None or len(part.inputs) > 3 else _source(part.inputs[0], "Shape")
+    if (known := number(value)) is not None:
+        return known
+    part = source(value, "Slice")
+    whole = None if part is None or len(part.inputs) > 3 else source(part.inputs[0], "Shape")
     if part is None or whole is None or whole.inputs[0] is not x or _is_part(whole):
         return None
     ends = [v.const_value.numpy().item() if v is not None and v.const_value is not None else 0
@@ -151,22 +144,11 @@ def _is_part(shape: ir.Node) -> bool:
     return "end" in shape.attributes or (start is not None and start.as_int() != 0)
 
 
-def _order(node: ir.Node) -> list[int] | None:
-    perm = node.attributes.get("perm")
-    return None if perm is None else list(perm.as_ints())
-
-
 RULES: Mapping[str, tuple[Callable[[ir.Node], None], ...]] = {
     "Mul": (_divide, _halve_last),
     "Transpose": (_untranspose,),
     "Reshape": (_swap_last, _reshape_once),
 }
-
-
-def _source(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The standard `op` that computes `value`; None when something else does."""
-    node = None if value is None or value.meta.get(KEPT) else value.producer()
-    return node if node is not None and (node.domain, node.op_type) == ("", op) else None
 
 
 def _put(old: ir.Node, new: ir.Node) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsefx.codegen.onnx import DOMAIN, OPSET
-from sparsefx.codegen.onnx_fusions import KEPT
+from sparsefx.codegen.onnx_match import KEPT, is_float, is_seen, number, own_source
 from sparsefx.codegen.onnx_writer import Writer
 
 if TYPE_CHECKING:
@@ -73,17 +73,17 @@ def _rms_norm(node: ir.Node) -> _Norm | None:
     if (node.domain, node.op_type) != ("", "Mul"):
         return None
     for i, value in enumerate(node.inputs):
-        quotient, weight = _inner(value, "Div"), node.inputs[1 - i]
-        root = _inner(quotient.inputs[1], "Sqrt") if quotient is not None else None
-        shifted = _inner(root.inputs[0], "Add") if root is not None else None
-        mean = _inner(shifted.inputs[0], "ReduceMean") if shifted is not None else None
-        square = _inner(mean.inputs[0], "Pow") if mean is not None else None
+        quotient, weight = own_source(value, "Div"), node.inputs[1 - i]
+        root = own_source(quotient.inputs[1], "Sqrt") if quotient is not None else None
+        shifted = own_source(root.inputs[0], "Add") if root is not None else None
+        mean = own_source(shifted.inputs[0], "ReduceMean") if shifted is not None else None
+        square = own_source(mean.inputs[0], "Pow") if mean is not None else None
         if quotient is None or root is None or shifted is None or mean is None or square is None:
             continue
-        s, eps = square.inputs[0], _number(shifted.inputs[1])
+        s, eps = square.inputs[0], number(shifted.inputs[1])
         if s is None or s is not quotient.inputs[0] or eps is None or weight is None:
             continue
-        if _number(square.inputs[1]) == 2 and _over_last(mean, s) and _fit(s, weight, None):
+        if number(square.inputs[1]) == 2 and _over_last(mean, s) and _fit(s, weight, None):
             nodes = (node, quotient, root, shifted, mean, square)
             return _Norm(s, weight, None, eps, False, node.outputs[0], nodes)
     return None
@@ -91,7 +91,7 @@ def _rms_norm(node: ir.Node) -> _Norm | None:
 
 def _over_last(mean: ir.Node, s: ir.Value) -> bool:
     """Whether a ReduceMean is over the last axis and keeps it."""
-    keep, axis = mean.attributes.get("keepdims"), _number(mean.inputs[1])
+    keep, axis = mean.attributes.get("keepdims"), number(mean.inputs[1])
     kept = keep is None or keep.as_int() == 1
     assert s.shape is not None or not kept
     return kept and s.shape is not None and axis in (-1, s.shape.rank() - 1)
@@ -104,30 +104,11 @@ def _fit(s: ir.Value, weight: ir.Value, bias: ir.Value | None) -> bool:
     vectors = [v for v in (weight, bias) if v is not None]
     constant = all(v.const_value is not None and list(v.shape or ()) == [s.shape[-1]]
                    for v in vectors)  # fmt: skip
-    floats = all(v.dtype is not None and v.dtype.name == "FLOAT" for v in (s, *vectors))
-    return constant and floats and s.shape[-1] > 0
-
-
-def _inner(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The standard `op` that computes a value which one node reads and nobody else sees."""
-    node = None if value is None else value.producer()
-    if value is None or node is None or (node.domain, node.op_type) != ("", op):
-        return None
-    return node if len(value.uses()) == 1 and not _is_seen(value) else None
-
-
-def _is_seen(value: ir.Value) -> bool:
-    return bool(value.meta.get(KEPT)) or value.is_graph_output()
+    return constant and all(map(is_float, (s, *vectors))) and s.shape[-1] > 0
 
 
 def _is_read(value: ir.Value) -> bool:
-    return bool(value.uses()) or _is_seen(value)
-
-
-def _number(value: ir.Value | None) -> float | None:
-    """The constant's only number."""
-    constant = None if value is None else value.const_value
-    return None if constant is None or constant.size != 1 else float(constant.numpy().item())
+    return bool(value.uses()) or is_seen(value)
 
 
 def _addends(s: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -149,7 +130,7 @@ def _replace(graph: ir.Graph, norm: _Norm) -> ir.Function:
     given = [norm.s] if addends is None else [*addends]
     if addends is not None:
         own = sum(node.inputs.count(norm.s) for node in norm.nodes)
-        keep = len(norm.s.uses()) > own or _is_seen(norm.s)
+        keep = len(norm.s.uses()) > own or is_seen(norm.s)
     vectors = [v for v in (norm.weight, norm.bias) if v is not None]
     function = _body(norm, given, vectors, keep)
     node = onnx_ir.node(
