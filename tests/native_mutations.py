@@ -90,6 +90,12 @@ MULTIPLY = [
     ("last.first + last.columns - first)", "last.first - first + 1)",
      "the largest activation of the last segment is overlooked"),
     ("sum += whole;", "sum = whole;", "sum of codes: the last one"),
+    ("Rows part = x.from(r);", "Rows part = x;", "scales of the first kept activations for all"),
+]
+
+EIGHTS = [
+    ("kCodes, 8>(w, p, x.from(r)", "kCodes, 8>(w, p, x", "the first eight rows for all"),
+    ("if (r < rows) few<", "if (false) few<", "rows after the last eight are dropped"),
 ]
 
 READERS = [
@@ -366,6 +372,7 @@ MUTATIONS = [
     *_of("kernels.h", BIAS, "avx2"),
     *_of("kernels.h", BLOCKS, "portable"),
     *_of("multiply.h", MULTIPLY),
+    *_of("multiply.h", EIGHTS, "avx512"),
     *_of("readers.h", READERS),
     *_of("readers.h", UNPACKED, "portable"),
     *_of("tables.h", TABLES, "avx2"),

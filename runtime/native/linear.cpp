@@ -135,7 +135,9 @@ Activations prepare(const Isa &isa, const Weight &w, const Input &in, bool a8, c
 Scratch scratch_for(const Weight &w, int rows, Arena &arena) {
   Scratch out{};
   const int64_t wide = std::max<int64_t>(w.padded, kMaxSegment) + 128;
-  const int64_t compact = (rows > 4 ? rows * (kMaxSegment + 256) : 4 * wide) * 4;
+  // A segment of all rows, or all segments of a few.
+  const int64_t compact =
+      std::max(rows * int64_t(kMaxSegment + 256), std::min(rows, kCompactRows) * wide) * 4;
   lay_out(arena, [&](Pieces &p) {
     out.units = p.take<uint8_t>(kUnitsBytes);
     out.compact = p.take<char>(w.family == kColumns ? compact : 0);

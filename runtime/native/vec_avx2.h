@@ -17,6 +17,7 @@ struct V {
   };
   static constexpr int kParts = 2;
   static constexpr int kFewRows = 4;
+  static constexpr bool kEights = false;
   static constexpr bool kLookup = false;      // converting is faster than a table
   static constexpr bool kExpandsMemory = true; // not registers
   static constexpr int kBias = 128;           // dot takes it off codes of more than 7 bits

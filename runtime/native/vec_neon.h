@@ -33,6 +33,7 @@ struct V {
   };
   static constexpr int kParts = 4;
   static constexpr int kFewRows = 4;
+  static constexpr bool kEights = false;
   static constexpr bool kLookup = false;
   static constexpr bool kExpandsMemory = true;
   static constexpr int kBias = 128;

@@ -14,6 +14,7 @@ struct V {
   using Short = int16_t __attribute__((vector_size(64)));
   static constexpr int kParts = 4;
   static constexpr int kFewRows = 0;
+  static constexpr bool kEights = false;
   static constexpr bool kLookup = false;
   static constexpr bool kExpandsMemory = true;
   static constexpr int kBias = 0;

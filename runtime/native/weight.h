@@ -87,7 +87,9 @@ constexpr int kTileRows = 16;
 constexpr int kTileBytes = 1024;
 constexpr int64_t kUnitsBytes = 512 << 10;
 
-// Buffers of one thread. `Need` says how large they must be.
+constexpr int kCompactRows = 8; // whose kept activations, of all segments, lie side by side at once
+
+// Buffers of one thread; linear.cpp says how large they are.
 struct Scratch {
   uint8_t *units;   // kUnitsBytes of decoded weights
   char *compact;    // activations of the columns that a panel keeps
