@@ -56,7 +56,7 @@ class Training:
 
 TRAINING = {
     "minilm": Training(36),
-    "minilm 2:4+int8 recovered": Training(36, 4, 2, 4),
+    "minilm 2:4+int8 recovered": Training(144, 4, 2, 4),
     "minilm tile16x1@50%+int4g128 recovered": Training(144, 4, 2, 4),
     "antiberty": Training(20, 4, 2, 2),
     "antiberty tile16x1@50%+int4g128 recovered": Training(176, 2, 1, 3),
