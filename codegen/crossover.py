@@ -26,7 +26,7 @@ from sparsefx.ir.codecs import Int
 from sparsefx.ir.errors import SpecError
 from sparsefx.ir.format import Format, Packed
 
-LEAST, MOST, SIZE = 64, 512, 1024
+LEAST, MOST, SIZE = 64, 2048, 1024
 NEVER = sys.maxsize
 MARGIN = 1.05
 """A kernel whose rows are not at least this much cheaper never takes over."""
@@ -48,7 +48,7 @@ def rows(fmt: Format, dtype: torch.dtype, engine: native.Engine, name: str, riva
     if wanted == "off" or fmt.rejects(SIZE, SIZE):
         return NEVER
     machine = "|".join((processor(), torch.__version__, engine.isa, str(torch.get_num_threads())))
-    key = f"crossover {native.ABI}|{machine}|{fmt}|{dtype}|{name}"
+    key = f"crossover {native.ABI} {MOST}|{machine}|{fmt}|{dtype}|{name}"
 
     def make() -> bytes:
         if wanted == "cached":

@@ -90,6 +90,10 @@ MULTIPLY = [
     ("last.first + last.columns - first)", "last.first - first + 1)",
      "the largest activation of the last segment is overlooked"),
     ("sum += whole;", "sum = whole;", "sum of codes: the last one"),
+    ("scratch.units + q * kPanelBytes, kPanelBytes", "scratch.units, kPanelBytes",
+     "the first panel's weights for all"),
+    ("segment.scale, tile + q * kRows, stride, to);", "segment.scale, tile, stride, to);",
+     "panels of a tile land on the first"),
     ("Rows part = x.from(r);", "Rows part = x;", "scales of the first kept activations for all"),
 ]
 

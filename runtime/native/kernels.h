@@ -221,17 +221,27 @@ void block(const Scaling *scaling, const uint8_t *units, int64_t panel_bytes, in
     }
 }
 
+// Has the lines of results [r, r + rows) of some panels on the way.
+inline void fetch(const Target &target, int r, int rows, int panels) {
+  const int64_t bytes = panels * kRows * target.size;
+  for (int i = r; i < r + rows; ++i)
+    for (int64_t at = 0; at < bytes; at += kUnit)
+      V::prefetch_write(target.y + i * target.stride + at);
+}
+
 // As block, for any number of rows.
 template <bool kCodes, bool kWide, int kN>
 void blocks(const Scaling *scaling, const uint8_t *units, int64_t panel_bytes, int count, Rows x,
-            int rows, int sum, int scale, float *tile, int64_t tile_stride) {
+            int rows, int sum, int scale, float *tile, int64_t tile_stride, Target target) {
   constexpr int kMost = V::kBlock / kN;
   int r = 0;
   auto run = [&](auto size) {
     constexpr int kM = decltype(size)::value;
-    for (; r + kM <= rows; r += kM)
+    for (; r + kM <= rows; r += kM) {
+      if (target.y) fetch(target, r, kM, kN);
       block<kCodes, kWide, kM, kN>(scaling, units, panel_bytes, count, x.from(r), sum, scale,
                                    tile + r * tile_stride, tile_stride);
+    }
   };
   run(Constant<kMost>());
   run(Constant<(kMost > 4 ? 4 : 2)>());

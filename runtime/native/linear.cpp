@@ -227,6 +227,11 @@ void finish(const Isa &isa, const sfx_call &call, const Part *parts, int count, 
   }
 }
 
+Target target_of(const Part &part, int64_t row, int64_t column, int64_t size) {
+  char *y = static_cast<char *>(part.y);
+  return {y + (row * part.y_stride + column) * size, part.y_stride * size, size};
+}
+
 // Panels [p, p + panels) of a part, or of a part and its gate.
 void some_panels(const Isa &isa, const sfx_call &call, const Part *parts, int count, int64_t p,
                  int panels) {
@@ -242,7 +247,9 @@ void some_panels(const Isa &isa, const sfx_call &call, const Part *parts, int co
       std::memset(tiles[i], 0, rows * stride * 4);
       for (int j = 0; j < parts[i].count; ++j) {
         const Product &product = parts[i].products[j];
-        const Scratch scratch = scratch_for(*product.w, rows, scratch_arena);
+        Scratch scratch = scratch_for(*product.w, rows, scratch_arena);
+        if (!i && j + 1 == parts[i].count)
+          scratch.target = target_of(parts[i], row, column, size_of(call.x_type));
         isa.multiply(*product.w, product.x, row, rows, p, panels, tiles[i], scratch);
       }
     }

@@ -64,12 +64,9 @@ __attribute__((noinline)) void some(const Weight &w, int64_t p, Rows x, int rows
   if (r < rows) few<Reader, kCodes>(w, p, x.from(r), rows - r, tile + r * stride, stride);
 }
 
-// Up to how many rows `some` is faster: 8 rows of 2048×2048 int4g128+a8 took 183 µs in place of 346,
-// 32 took 713 and 856; of tiles that keep columns of their own 939 and 895.
-constexpr int some_rows(bool codes, bool columns) {
-  if (!V::kEights) return V::kFewRows;
-  return !codes ? 8 : columns ? 24 : 32;
-}
+// Up to how many rows `some` is faster: 16 rows of 2048×2048 int8+a8 took 346 µs in place of 434,
+// 24 took 525 and 549, 32 took 714 and 708.
+constexpr int some_rows(bool codes) { return !V::kEights ? V::kFewRows : codes ? 24 : 8; }
 
 // Decodes segment s of `count` panels, one after the other; `cursors` say where each goes on.
 // Returns the units of one panel.
@@ -114,13 +111,18 @@ void many(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile, 
       part.x = scratch.compact;
       part.sums = kCodes ? scratch.sums : nullptr;
     }
+    const bool last = s + 1 == w.segment_count;
+    auto multiply = [&](auto panels, int q) {
+      constexpr int kN = decltype(panels)::value;
+      const Target to = last ? scratch.target.from(q) : Target{};
+      blocks<kCodes, kWide, kN>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units,
+                                part, rows, s, segment.scale, tile + q * kRows, stride, to);
+    };
     int q = 0;
-    for (; q + 2 <= count; q += 2)
-      blocks<kCodes, kWide, 2>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units,
-                               part, rows, s, segment.scale, tile + q * kRows, stride);
-    if (q < count)
-      blocks<kCodes, kWide, 1>(scaling + q, scratch.units + q * kPanelBytes, kPanelBytes, units,
-                               part, rows, s, segment.scale, tile + q * kRows, stride);
+    if constexpr (V::kBlock >= 24)
+      for (; q + 4 <= count; q += 4) multiply(Constant<4>(), q);
+    for (; q + 2 <= count; q += 2) multiply(Constant<2>(), q);
+    if (q < count) multiply(Constant<1>(), q);
   }
 }
 
@@ -157,7 +159,7 @@ void run(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile,
          const Scratch &scratch) {
   const bool columns = w.family == kColumns;
   const int64_t stride = count * kRows;
-  if (rows <= some_rows(kCodes, columns)) {
+  if (rows <= some_rows(kCodes)) {
     for (int q = 0; q < count; ++q)
       if (columns)
         compacted<Reader, kCodes>(w, p + q, x, rows, tile + q * kRows, stride, scratch);
@@ -165,7 +167,7 @@ void run(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile,
         in_registers<Reader, kCodes>(w, p + q, x, rows, tile + q * kRows, stride);
   } else if (columns) {
     for (int q = 0; q < count; ++q)
-      many<Reader, kCodes>(w, x, rows, p + q, 1, tile + q * kRows, stride, scratch);
+      many<Reader, kCodes>(w, x, rows, p + q, 1, tile + q * kRows, stride, scratch.from(q));
   } else {
     many<Reader, kCodes>(w, x, rows, p, count, tile, stride, scratch);
   }

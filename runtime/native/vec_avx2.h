@@ -30,6 +30,7 @@ struct V {
   static void prefetch(const void *p) { // not _mm_prefetch, as in vec_avx512.h
     __asm__ volatile("prefetcht0 %0" : : "m"(*bytes(p)));
   }
+  static void prefetch_write(const void *p) { __asm__ volatile("prefetchw %0" : : "m"(*bytes(p))); }
   static I load(const void *p) { return {_mm256_loadu_si256(as(p)), _mm256_loadu_si256(as(p) + 1)}; }
   static void store(void *p, I v) {
     _mm256_storeu_si256(static_cast<__m256i *>(p), v.a);

@@ -12,7 +12,7 @@ struct V {
   static constexpr int kParts = 1;      // registers per vector
   static constexpr int kFewRows = 4;    // up to here decode in registers, not into cache; 0 to 4
   static constexpr bool kEights = true; // registers for eight rows at a time
-  static constexpr int kBlock = 16;     // accumulators of a block
+  static constexpr int kBlock = 24;     // accumulators of a block
   static constexpr bool kLookup = true; // of a code's value in a table, else by conversion
   static constexpr bool kExpandsMemory = false; // expand_bytes takes a pointer, not a register
   static constexpr int kBias = 0; // what dot<true>, for codes of 5 to 8 bits, takes off codes
@@ -20,6 +20,9 @@ struct V {
   // Not _mm_prefetch: GCC takes a function of nothing else for one without effect and drops it.
   static void prefetch(const void *p) {
     __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char *>(p)));
+  }
+  static void prefetch_write(const void *p) {
+    __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char *>(p)));
   }
   static I load(const void *p) { return _mm512_loadu_si512(p); }
   static void store(void *p, I v) { _mm512_storeu_si512(p, v); }
@@ -49,7 +52,11 @@ struct V {
   // mask ? a : b, bit by bit
   static I select(I mask, I a, I b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
   // acc + the four products of unsigned bytes w and signed bytes x in each lane
-  template <bool> static I dot(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  template <bool> static I dot(I acc, I w, I x) {
+    // Not _mm512_dpbusd_epi32: GCC 12 copies every accumulator of a loop before and after it.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+  }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static F addf(F a, F b) { return _mm512_add_ps(a, b); }

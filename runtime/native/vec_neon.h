@@ -52,6 +52,9 @@ struct V {
   static void prefetch(const void *p) { // not __builtin_prefetch, as in vec_avx512.h
     __asm__ volatile("prfm pldl1keep, %0" : : "Q"(*bytes(p)));
   }
+  static void prefetch_write(const void *p) {
+    __asm__ volatile("prfm pstl1keep, %0" : : "Q"(*bytes(p)));
+  }
   static I load(const void *p) {
     return four<I>([&](int i) { return read<uint32x4_t>(bytes(p) + 16 * i); });
   }

@@ -31,6 +31,7 @@ struct V {
     return out;
   }
 
+  static void prefetch_write(const void *) {}
   static void prefetch(const void *) {}
   static I load(const void *p) { return read<I>(p); }
   static void store(void *p, I v) { __builtin_memcpy(p, &v, sizeof v); }

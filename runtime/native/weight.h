@@ -89,11 +89,25 @@ constexpr int64_t kUnitsBytes = 512 << 10;
 
 constexpr int kCompactRows = 8; // whose kept activations, of all segments, lie side by side at once
 
+// Where the results of a tile go: lines that are fetched while sums are taken, or writing many rows
+// waits for them.
+struct Target {
+  char *y = nullptr; // null: nothing is fetched
+  int64_t stride = 0; // bytes from row to row
+  int64_t size = 0;   // bytes of a number
+
+  // Of the tile's panels from q on.
+  Target from(int q) const { return {y ? y + q * kRows * size : nullptr, stride, size}; }
+};
+
 // Buffers of one thread; linear.cpp says how large they are.
 struct Scratch {
   uint8_t *units;   // kUnitsBytes of decoded weights
   char *compact;    // activations of the columns that a panel keeps
   int32_t *sums;    // and their sums
+  Target target;
+
+  Scratch from(int q) const { return {units, compact, sums, target.from(q)}; }
 };
 
 // A row of sfx_norm_call, all as float32; `sum` may be x or y, and is not null where `residual` is
