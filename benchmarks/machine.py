@@ -21,7 +21,9 @@ FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "avx512_vbmi", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
-WIDEST = {"amx_int8": "amx", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
+WIDEST = {
+    "amx_int8": "amx", "avx512f": "avx512", "avx_vnni": "avxvnni", "avx2": "avx2", "asimd": "neon",
+}  # fmt: skip
 PACKAGES = ("torch", "onnxruntime", "executorch", "torchao", "numpy")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 

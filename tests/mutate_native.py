@@ -34,7 +34,7 @@ FLAGS = [
     "-std=c++17", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-pthread",
     "-w",
 ]  # fmt: skip
-ISAS = ("amx", "avx512", "avx2", "neon", "portable")
+ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "portable")
 """Stems of source files, too. Faults that name none go into the first but amx that runs here."""
 TIMEOUT = 600
 CAUGHT, SURVIVED, BROKEN, STALE = "caught", "SURVIVED", "does not build", "no longer applies"

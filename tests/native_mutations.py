@@ -259,6 +259,12 @@ AMX_UNITS = [
     ("V::select(upper, high, low)", "V::select(upper, low, high)", "pairs of columns swapped"),
 ]
 
+AVXVNNI = [
+    ("vpdpbusd %2, %1, %0", "vpdpbusd %1, %2, %0", "the signs of codes and activations swapped"),
+    ("__asm__(\"%{vex%}", "acc = _mm256_setzero_si256();\n    __asm__(\"%{vex%}",
+     "sums of one step alone"),
+]
+
 AVX2 = [
     ("w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));", "", "128 is not taken off wide codes"),
     ("x = _mm256_sign_epi8(x, w);", "", "the sign of wide codes is lost"),
@@ -385,6 +391,7 @@ MUTATIONS = [
     *_of("amx_units.h", AMX_UNITS, "amx"),
     *_of("vec_avx512.h", AVX512, "avx512"),
     *_of("vec_avx2.h", AVX2, "avx2"),
+    *_of("vec_avx2.h", AVXVNNI, "avxvnni"),
     *_of("vec_portable.h", PORTABLE, "portable"),
     *_of("vec_neon.h", NEON, "neon"),
 ]

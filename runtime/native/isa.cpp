@@ -18,6 +18,11 @@ const Isa *const kIsas[] = {
 #endif
 #if defined(__x86_64__)
     &kAvx512,
+#endif
+#if defined(SFX_AVXVNNI)
+    &kAvxVnni,
+#endif
+#if defined(__x86_64__)
     &kAvx2,
 #endif
 #if defined(__aarch64__)

@@ -199,19 +199,21 @@ struct Block {
   int64_t column, columns, stride;
 };
 
-// Bias, activation, gate, multiply, residual; then to the output's type. A second part is the
-// gate's other factor.
+// The bias, which products are added to.
+void begin(const sfx_call &call, const Part &part, float *tile, const Block &b) {
+  float bias[kMostPanels * kRows] = {};
+  if (part.bias) read(bias, part.bias, b.column, b.columns, call.x_type);
+  for (int r = 0; r < b.rows; ++r) std::memcpy(tile + r * b.stride, bias, b.stride * 4);
+}
+
+// Activation, gate, multiply, residual; then to the output's type. A second part is the gate's
+// other factor.
 void finish(const Isa &isa, const sfx_call &call, const Part *parts, int count, float *const *tiles,
             const Block &b) {
   float other[kMostPanels * kRows];
   const int64_t n = parts[0].w().n;
   for (int r = 0; r < b.rows; ++r) {
     float *v = tiles[0] + r * b.stride;
-    for (int i = 0; i < count; ++i) {
-      if (!parts[i].bias) continue;
-      read(other, parts[i].bias, b.column, b.columns, call.x_type);
-      for (int64_t j = 0; j < b.columns; ++j) tiles[i][r * b.stride + j] += other[j];
-    }
     isa.activate(v, b.columns, call.activation);
     if (count == 2)
       for (int64_t j = 0; j < b.columns; ++j) v[j] *= tiles[1][r * b.stride + j];
@@ -243,8 +245,9 @@ void some_panels(const Isa &isa, const sfx_call &call, const Part *parts, int co
   float *const tiles[2] = {tile, tile + (count - 1) * most * stride};
   for (int64_t row = 0; row < call.m; row += kMostRows) {
     const int rows = static_cast<int>(std::min(kMostRows, call.m - row));
+    const Block block{row, rows, column, columns, stride};
     for (int i = 0; i < count; ++i) {
-      std::memset(tiles[i], 0, rows * stride * 4);
+      begin(call, parts[i], tiles[i], block);
       for (int j = 0; j < parts[i].count; ++j) {
         const Product &product = parts[i].products[j];
         Scratch scratch = scratch_for(*product.w, rows, scratch_arena);
@@ -253,7 +256,7 @@ void some_panels(const Isa &isa, const sfx_call &call, const Part *parts, int co
         isa.multiply(*product.w, product.x, row, rows, p, panels, tiles[i], scratch);
       }
     }
-    finish(isa, call, parts, count, tiles, {row, rows, column, columns, stride});
+    finish(isa, call, parts, count, tiles, block);
   }
 }
 

@@ -119,10 +119,11 @@ void many(const Weight &w, Rows x, int rows, int64_t p, int count, float *tile, 
                                 part, rows, s, segment.scale, tile + q * kRows, stride, to);
     };
     int q = 0;
-    if constexpr (V::kBlock >= 24)
+    if constexpr (V::kPanels >= 4)
       for (; q + 4 <= count; q += 4) multiply(Constant<4>(), q);
-    for (; q + 2 <= count; q += 2) multiply(Constant<2>(), q);
-    if (q < count) multiply(Constant<1>(), q);
+    if constexpr (V::kPanels >= 2)
+      for (; q + 2 <= count; q += 2) multiply(Constant<2>(), q);
+    for (; q < count; ++q) multiply(Constant<1>(), q);
   }
 }
 

@@ -20,8 +20,14 @@ struct V {
   static constexpr bool kEights = false;
   static constexpr bool kLookup = false;      // converting is faster than a table
   static constexpr bool kExpandsMemory = true; // not registers
-  static constexpr int kBias = 128;           // dot takes it off codes of more than 7 bits
   static constexpr int kBlock = 6;
+#if defined(SFX_VNNI)
+  static constexpr int kBias = 0; // what dot<true>, for codes of 5 to 8 bits, takes off codes
+  static constexpr int kPanels = 1;
+#else
+  static constexpr int kBias = 128;
+  static constexpr int kPanels = 2;
+#endif
 
   static const __m256i *as(const void *p) { return static_cast<const __m256i *>(p); }
   static const __m128i *half(const void *p) { return static_cast<const __m128i *>(p); }
@@ -69,8 +75,15 @@ struct V {
     return bits_or(bits_and(mask, x), {_mm256_andnot_si256(mask.a, y.a),
                                        _mm256_andnot_si256(mask.b, y.b)});
   }
-  // acc + the four products of bytes w and signed bytes x ≥ -127 in each lane. Sums of two products
-  // must fit 16 bits: w is below 128, or kWide and 128 is taken off it.
+#if defined(SFX_VNNI)
+  // acc + the four products of unsigned bytes w and signed bytes x in each lane
+  template <bool> static __m256i dot(__m256i acc, __m256i w, __m256i x) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x)); // as in vec_avx512.h
+    return acc;
+  }
+#else
+  // The same of x ≥ -127. Sums of two products must fit 16 bits: w is below 128, or kWide and 128
+  // is taken off it.
   template <bool kWide> static __m256i dot(__m256i acc, __m256i w, __m256i x) {
     if constexpr (kWide) {
       w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
@@ -80,6 +93,7 @@ struct V {
     __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
     return _mm256_add_epi32(acc, sums);
   }
+#endif
   template <bool kWide> static I dot(I acc, I w, I x) {
     return {dot<kWide>(acc.a, w.a, x.a), dot<kWide>(acc.b, w.b, x.b)};
   }

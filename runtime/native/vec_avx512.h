@@ -12,6 +12,7 @@ struct V {
   static constexpr int kParts = 1;      // registers per vector
   static constexpr int kFewRows = 4;    // up to here decode in registers, not into cache; 0 to 4
   static constexpr bool kEights = true; // registers for eight rows at a time
+  static constexpr int kPanels = 4;     // most of a block
   static constexpr int kBlock = 24;     // accumulators of a block
   static constexpr bool kLookup = true; // of a code's value in a table, else by conversion
   static constexpr bool kExpandsMemory = false; // expand_bytes takes a pointer, not a register

@@ -37,6 +37,7 @@ struct V {
   static constexpr bool kLookup = false;
   static constexpr bool kExpandsMemory = true;
   static constexpr int kBias = 128;
+  static constexpr int kPanels = 2;
   static constexpr int kBlock = 6;
 
   template <class T, class Part> static T four(Part part) {

@@ -18,6 +18,7 @@ struct V {
   static constexpr bool kLookup = false;
   static constexpr bool kExpandsMemory = true;
   static constexpr int kBias = 0;
+  static constexpr int kPanels = 2;
   static constexpr int kBlock = 2;
 
   template <class T> static T read(const void *p) {

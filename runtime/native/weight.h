@@ -143,7 +143,12 @@ struct Isa {
 
 inline int no_slices(const Weight &, int64_t, int, bool) { return 0; }
 
-extern const Isa kAmx, kAvx512, kAvx2, kNeon, kPortable;
+// Compilers whose assembler has AVX-VNNI.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define SFX_AVXVNNI
+#endif
+
+extern const Isa kAmx, kAvx512, kAvxVnni, kAvx2, kNeon, kPortable;
 
 } // namespace sfx
 
