@@ -119,7 +119,7 @@ READERS = [
 ]
 
 LINEAR = [
-    ("read(other, parts[i].bias, b.column,", "read(other, parts[i].bias, 0,",
+    ("read(bias, part.bias, b.column,", "read(bias, part.bias, 0,",
      "the first panel's bias for all"),
     ("read(other, call.multiply, (b.row + r) * n", "read(other, call.multiply, r * n",
      "factors of the first 256 rows for all"),
@@ -129,7 +129,7 @@ LINEAR = [
     ("v[j] *= other[j];\n    }",
      "v[j] *= other[j];\n    }\n    isa.activate(v, b.columns, call.activation);",
      "activation after the factors too"),
-    ("low[j] *= part.branch_scale[j % down.n];", "low[j] *= part.branch_scale[0];",
+    ("*= part.branch_scale[j];", "*= part.branch_scale[0];",
      "one scale for the whole branch"),
     ("ordered(isa, down, false, call, rooms)", "ordered(isa, down, call.a8, call, rooms)",
      "the branch is refused or sees rounded activations"),
@@ -139,7 +139,7 @@ LINEAR = [
     ("row < in.m * (t + 1) / workers", "row + 1 < in.m * (t + 1) / workers",
      "each thread leaves out its last row of x"),
     ("std::memset(codes, 0, w.padded);", "", "codes are not padded with zeros"),
-    ("std::memset(tiles[i], 0,", "std::memset(tiles[i], 0, 0 *",
+    ("begin(call, parts[i], tiles[i], block);", "",
      "sums start from what the tile held"),
     ("made.x.slices == slices && alike(*made.w, w)", "made.x.slices == slices",
      "parts read x in the first one's order"),
