@@ -237,8 +237,9 @@ def _next_steps(out: Path, seconds: float) -> str:
 bits      stored per packed weight; MB are whole files, embeddings included
 comp.     torch.compile(model, backend="sparsefx", options={{"inner": "eager"}})
 apart by  greatest difference between eager, compiled and ONNX Runtime outputs
-ORT is stock ONNX Runtime; sparsefx.ort_session(path) runs the same file with the
-CPU engine. `sparsefx explain` names the kernel of every weight, and why.
+ORT       stock ONNX Runtime; sparsefx.ort_session(path) runs the same file
+          with the CPU engine
+`sparsefx explain` names the kernel of every weight, and why.
 
 Try next, with .venv/bin/ in front:
   sparsefx explain minilm --spec 2:4+int8
