@@ -41,6 +41,7 @@ from sparsefx.runtime.manifest import (
     open_plain,
     read_manifest,
     record,
+    seal,
 )
 from sparsefx.runtime.modules import PackedWeight, SparseConv1x1, SparseLinear, SparseParameter
 from sparsefx.runtime.restore import restore, state_of, transient_names
@@ -245,7 +246,8 @@ def _write(folder: Path, tensors: dict[str, Tensor], head: Manifest) -> None:
             sha, size = digest(file)
         name = f"weights-{sha[:16]}.safetensors"
         final = head.model_copy(update={"weights": name, "bytes": size, "sha256": sha})
-        text = json.dumps(final.model_dump(), indent=1)
+        fields = final.model_dump()
+        text = json.dumps(fields | {"seal": seal(fields)}, indent=1)
         if len(text) > LIMIT:
             raise ArtifactError(f"{folder}: a manifest of {len(text)} bytes is over {LIMIT}")
         manifest.write_text(text, encoding="ascii")

@@ -17,7 +17,7 @@ from sparsefx.ir.format import Format
 from sparsefx.runtime.install import split_name
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 LIMIT = 64 << 20
 WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 # A ParameterList calls its members by number; a packed one stands beside them as '0_packed'.
@@ -151,7 +151,9 @@ class History(Record):
 class Manifest(Record):
     """The whole of `manifest.json`."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
+    seal: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = "0" * 64
+    """SHA-256 of all other fields (`seal`): finds damage, proves nothing about who wrote it."""
     sparsefx: Annotated[str, Field(max_length=100)]
     model: Annotated[str, Field(max_length=200)]
     """The model's class; for people, never looked up."""
@@ -206,7 +208,19 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: format_version is {str(version)[:40]}, this sparsefx reads {VERSION}; "
             "install the sparsefx that wrote it, or save the model again with this one"
         )
-    return record(Manifest, path, fields)
+    manifest = record(Manifest, path, fields)
+    if manifest.seal != seal(fields):
+        raise ArtifactError(
+            f"{path}: was altered since it was saved (SHA-256); copy the folder again, or save "
+            "the model again"
+        )
+    return manifest
+
+
+def seal(fields: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's fields but its seal, as JSON with sorted keys."""
+    rest = {key: value for key, value in fields.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def _not_ours(folder: Path) -> str:

@@ -20,6 +20,7 @@ from sparsefx.ir.errors import ArtifactError
 from sparsefx.ir.format import Format
 from sparsefx.runtime.artifact import load, save
 from sparsefx.runtime.install import install, packed_modules
+from sparsefx.runtime.manifest import seal
 
 PATTERN = "weights-*.safetensors"
 
@@ -135,10 +136,11 @@ def refused(folder: Path, model: nn.Module | None = None) -> str:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and seal it again."""
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
     change(fields)
-    path.write_text(json.dumps(fields))
+    path.write_text(json.dumps(fields | {"seal": seal(fields)}))
 
 
 def rewrite(folder: Path, content: bytes) -> None:
