@@ -2,8 +2,9 @@
 
 The cost of each is taken as a line in M, time = a + b · M: unpacking a weight is paid once, a dense
 product per row. The lines are measured on a 1024×1024 weight the first time that a format meets
-`LEAST` rows (a quarter of a second), and the crossing is kept per machine in the user's cache, so
-it is told in seconds that this thread computed: those do not grow where others share its core.
+`LEAST` rows (0.2 to 0.5 s), and the crossing is kept per machine in the user's cache, so it is told
+in seconds that this thread computed. Those do not grow where other programs share its core; they do
+where they share that of a sibling thread, which this one then waits for.
 `passes.predict.thresholds` solves the same for any number of kernels over expressions in M.
 `SPARSEFX_TUNE=off` always takes the engine, `cached` measures nothing new, `full` is the default.
 """

@@ -159,7 +159,6 @@ def test_hostile_json(text: str, words: str, folder: Path) -> None:
     [
         ('"tile16x1@50%+int4g32"', '"tile16x1@40%+int4g32"'),  # fits the buffers as well
         ('"model": "Net"', '"model": "Met"'),
-        ('"seal": "', '"seal": "0'),
     ],
 )
 def test_a_manifest_that_was_altered_is_refused(old: str, new: str, folder: Path) -> None:
@@ -167,7 +166,7 @@ def test_a_manifest_that_was_altered_is_refused(old: str, new: str, folder: Path
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    assert re.search("was altered since it was saved|'seal'", refused(folder))
+    assert "was altered since it was saved" in refused(folder)
 
 
 def test_an_oversized_manifest_is_not_parsed(folder: Path) -> None:

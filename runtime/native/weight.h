@@ -143,7 +143,7 @@ struct Isa {
 
 inline int no_slices(const Weight &, int64_t, int, bool) { return 0; }
 
-// Compilers whose assembler has AVX-VNNI.
+// Clang assembles AVX-VNNI itself; GCC leaves it to binutils, which must be 2.36 or later.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define SFX_AVXVNNI
 #endif
